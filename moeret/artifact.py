@@ -1,0 +1,277 @@
+"""Models and indexes on disk: immutable files named by one manifest.
+
+An artifact is a directory. `manifest.json` lists its files with size and SHA-256, and is the only name that ever gets
+new contents: a writer adds files whose names carry their own digest, then renames a new manifest over the old one. A
+reader therefore sees the old artifact or the new one, whatever moment a writer dies at, and a directory without a
+manifest is one whose making has not finished. Writers hold an flock on the directory, which a dead writer cannot hold.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from moeret.errors import ArtifactError, BusyError
+
+FORMAT = "moeret-1"
+MANIFEST = "manifest.json"
+_DIGESTED = re.compile(r"-[0-9a-f]{12}(\.[a-z0-9]+)?$")
+_TEMPORARY = ".unfinished"
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What the manifest says of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A published directory: `meta` is its kind's own JSON, `fingerprint` a hash of meta and all file digests."""
+
+    root: Path
+    kind: str
+    meta: dict[str, Any]
+    files: dict[str, FileEntry]
+    fingerprint: str
+
+    def path(self, name: str) -> Path:
+        """The path of a file that the manifest lists."""
+        if name not in self.files:
+            raise ArtifactError(f"{self.root / MANIFEST} lists no file {name!r}; the {self.kind} is damaged, make it anew")
+        return self.root / name
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def exists(root: Path) -> bool:
+    """Whether a published artifact lies at `root`."""
+    return (root / MANIFEST).is_file()
+
+
+def read(root: Path, kind: str) -> Artifact:
+    """Reads the manifest at `root` and checks every file against it.
+
+    Raises:
+      ArtifactError: nothing is there, it is unfinished, of another kind or format, or a file is missing or altered.
+    """
+    manifest = root / MANIFEST
+    if not root.is_dir():
+        raise ArtifactError(f"no {kind} at {root}: there is no such directory")
+    try:
+        raw = json.loads(manifest.read_text())
+        found = raw["format"], raw["kind"]
+        files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+        artifact = Artifact(root, raw["kind"], raw["meta"], files, raw["fingerprint"])
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{root} holds no finished {kind} (no {MANIFEST}); run the command that makes it, again if it was cut off"
+        ) from None
+    except OSError as error:
+        raise ArtifactError(f"cannot read {manifest}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{manifest} is damaged ({type(error).__name__}: {error}); make the {kind} anew") from None
+    if found != (FORMAT, kind):
+        raise ArtifactError(f"{root} is a {found[1]} in format {found[0]}; expected a {kind} in format {FORMAT}")
+    if artifact.fingerprint != _fingerprint_of(kind, artifact.meta, files):
+        raise ArtifactError(f"{manifest} was altered: its fingerprint does not match its contents; make the {kind} anew")
+    for name, entry in files.items():
+        _check_file(artifact, name, entry)
+    return artifact
+
+
+def _check_file(artifact: Artifact, name: str, entry: FileEntry) -> None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ArtifactError(f"{artifact.root / MANIFEST} names a file outside its directory: {name!r}")
+    path = artifact.root / name
+    try:
+        if path.stat().st_size != entry.bytes:
+            raise ArtifactError(f"{path} is damaged: {path.stat().st_size} bytes, its manifest says {entry.bytes}")
+        if sha256_of(path) != entry.sha256:
+            raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one in the manifest")
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; the {artifact.kind} is damaged, restore it or make it anew") from None
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _fingerprint_of(kind: str, meta: dict[str, Any], files: dict[str, FileEntry]) -> str:
+    return fingerprint([kind, meta, {name: entry.sha256 for name, entry in files.items()}])
+
+
+class Draft:
+    """The next version of the artifact at `root`, invisible until `publish`."""
+
+    def __init__(self, root: Path, kind: str):
+        self.root, self.kind = root, kind
+        self._files: dict[str, FileEntry] = {}
+
+    def add(self, name: str, write: Callable[[Path], object]) -> str:
+        """Lets `write` make a file, and returns its final name: `name` with a digest of the contents before the suffix."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + _TEMPORARY)
+        try:
+            write(temporary)
+            entry = FileEntry(temporary.stat().st_size, sha256_of(temporary))
+            _sync(temporary)
+            final = path.with_name(f"{path.stem}-{entry.sha256[:12]}{path.suffix}")
+            temporary.replace(final)
+            _sync(final.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        relative = final.relative_to(self.root).as_posix()
+        self._files[relative] = entry
+        return relative
+
+    def keep(self, artifact: Artifact, name: str) -> str:
+        """Carries a file of the present version at the same root over into the next one, untouched."""
+        self._files[name] = artifact.files[name]
+        return name
+
+    def copy(self, name: str, source: Path) -> str:
+        """Copies a file in under its plain name, for names that others prescribe; it must never change afterwards."""
+        target = self.root / name
+        entry = FileEntry(source.stat().st_size, sha256_of(source))
+        self._place(target, entry, lambda temporary: shutil.copyfile(source, temporary))
+        self._files[name] = entry
+        return name
+
+    def include(self, artifact: Artifact, prefix: str) -> None:
+        """Puts another artifact into this one under `prefix`: by hard link where the file system can, else a copy."""
+        manifest = artifact.root / MANIFEST
+        entries = {**artifact.files, MANIFEST: FileEntry(manifest.stat().st_size, sha256_of(manifest))}
+        for name, entry in entries.items():
+            source = artifact.root / name
+            self._place(self.root / prefix / name, entry, lambda temporary, source=source: _link_or_copy(source, temporary))
+            self._files[f"{prefix}/{name}"] = entry
+
+    @staticmethod
+    def _place(target: Path, entry: FileEntry, write: Callable[[Path], object]) -> None:
+        """Lets `write` make `target` under a temporary name, unless it is there already with these very bytes."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_file() and target.stat().st_size == entry.bytes and sha256_of(target) == entry.sha256:
+            return
+        temporary = target.with_name(target.name + _TEMPORARY)
+        temporary.unlink(missing_ok=True)
+        try:
+            write(temporary)
+            _sync(temporary)
+            temporary.replace(target)
+            _sync(target.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def publish(self, meta: dict[str, Any]) -> Artifact:
+        """Makes this version the one that readers see, in one rename, then deletes what no version needs."""
+        files = dict(sorted(self._files.items()))
+        previous = _listed(self.root)
+        raw = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "fingerprint": _fingerprint_of(self.kind, meta, files),
+            "meta": meta,
+            "files": {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in files.items()},
+        }
+        write_atomically(self.root / MANIFEST, (json.dumps(raw, indent=1) + "\n").encode())
+        self._prune(previous)
+        return Artifact(self.root, self.kind, meta, files, raw["fingerprint"])
+
+    def _prune(self, previous: set[str]) -> None:
+        """Deletes the files of the version before this one, and those that a killed writer left in the same folders."""
+        folders = {(self.root / name).parent for name in previous | self._files.keys()}
+        strays = {
+            path.relative_to(self.root).as_posix()
+            for folder in folders
+            if folder.is_dir()
+            for path in folder.iterdir()
+            if path.is_file() and (_DIGESTED.search(path.name) or path.name.endswith(_TEMPORARY))
+        }
+        for name in (previous | strays) - self._files.keys():
+            (self.root / name).unlink(missing_ok=True)
+        for folder in sorted(folders, reverse=True):
+            while folder != self.root and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+                folder = folder.parent
+
+
+def _listed(root: Path) -> set[str]:
+    """The files that the manifest at `root` names; none where there is no readable manifest."""
+    try:
+        names = json.loads((root / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in names if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts}
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Shares the bytes of an immutable file; across file systems, or where links are forbidden, copies them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_atomically(path: Path, contents: bytes) -> None:
+    """Replaces a small file: all of the new contents or all of the old, never a part."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        temporary.write_bytes(contents)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Holds the writer's lock on `root`, making the directory if need be.
+
+    Raises:
+      BusyError: another live process holds it.
+      ArtifactError: `root` is a file or cannot be made.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / ".lock").open("w")
+    except (FileExistsError, NotADirectoryError):
+        raise ArtifactError(f"{root} cannot be a directory: a file is in the way; choose another path") from None
+    except PermissionError as error:
+        raise ArtifactError(f"cannot write to {root}: {error.strerror}; choose a directory that you may write") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"another process is writing {root}; wait for it or stop it, then run this again") from None
+        yield

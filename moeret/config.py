@@ -1,0 +1,119 @@
+"""All settings, as frozen dataclasses: what they mean, their defaults, and which values make no sense.
+
+The command line is made from these classes, so a field's docstring is its help text.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moeret.errors import ConfigError
+
+MATRICES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out")
+"""The matrices of a transformer layer that an expert can change."""
+
+Tower = Literal["query", "both"]
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless `holds`."""
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertConfig:
+    """The shape of every expert in a bank."""
+
+    rank: int = 16
+    """Rank of an expert's delta to one matrix."""
+    layers: int = 3
+    """How many of the encoder's upper layers experts change; the layers below are the trunk, read once a query."""
+    matrices: tuple[str, ...] = MATRICES
+    """Which matrices of a layer experts change."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
+        require(self.layers >= 1, f"layers must be at least 1, got {self.layers}")
+        require(
+            bool(self.matrices) and set(self.matrices) <= set(MATRICES) and len(set(self.matrices)) == len(self.matrices),
+            f"matrices must be distinct names out of {', '.join(MATRICES)}; got {', '.join(self.matrices) or 'none'}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How experts are trained; all of them in one run."""
+
+    tower: Tower = "query"
+    """query: experts change queries, documents stay in the base's space. both: experts encode their documents too."""
+    steps: int = 300
+    """Optimizer steps at most; an expert that stops improving on dev stops earlier."""
+    batch_size: int = 64
+    """Queries per expert and step."""
+    learning_rate: float = 5e-4
+    """Peak of a cosine schedule with a short linear warm-up (AdamW)."""
+    warmup: float = 0.1
+    """Share of the steps spent warming up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    temperature: float = 0.02
+    """Divides cosines in the contrastive loss."""
+    hard_negatives: int = 1
+    """With --tower both: mined hard negatives per query."""
+    evaluate_every: int = 25
+    """Steps between two looks at dev nDCG@10; also between two checkpoints."""
+    patience: int = 4
+    """An expert stops after this many looks without a better dev nDCG@10."""
+    dev_queries: int = 300
+    """Dev queries per domain at most (a fixed pseudo-random choice)."""
+    seed: int = 0
+    """Decides initial experts, batch order and mined choices."""
+    expert: ExpertConfig = ExpertConfig()
+    """The experts' shape."""
+
+    def __post_init__(self) -> None:
+        require(self.tower in ("query", "both"), f"tower must be query or both, got {self.tower!r}")
+        for name in ("steps", "batch_size", "evaluate_every", "patience", "dev_queries"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.hard_negatives >= 0, f"hard_negatives must not be negative, got {self.hard_negatives}")
+        require(self.learning_rate > 0, f"learning_rate must be above 0, got {self.learning_rate}")
+        require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
+        require(0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}")
+        require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+        require(0 <= self.seed < 2**31, f"seed must be in [0, 2^31), got {self.seed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """How an expert's documents are indexed (hnswlib's parameter names)."""
+
+    M: int = 16
+    """HNSW: links of a vector per layer."""
+    ef_construction: int = 200
+    """HNSW: candidates looked at when a vector is linked."""
+    ef: int = 160
+    """HNSW: candidates looked at in a search."""
+    exact_below: int = 2000
+    """Segments with fewer vectors than this are searched exactly instead of by a graph."""
+    seed: int = 0
+    """HNSW: seed of the layers' random heights."""
+
+    def __post_init__(self) -> None:
+        require(2 <= self.M <= 256, f"M must be in [2, 256], got {self.M}")
+        require(self.ef_construction >= self.M, f"ef_construction must be at least M, got {self.ef_construction}")
+        require(self.ef >= 1, f"ef must be at least 1, got {self.ef}")
+        require(self.exact_below >= 0, f"exact_below must not be negative, got {self.exact_below}")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values (tuples become lists)."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Names what differs between two JSON objects: `steps 300 -> 200, seed 0 -> 1`."""
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys)

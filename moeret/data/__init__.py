@@ -1,0 +1,1 @@
+"""Text and judgments: reading, checking, tokenising, planning batches."""

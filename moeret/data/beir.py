@@ -1,0 +1,268 @@
+"""Reading BEIR folders, and saying what is wrong with them before any work is done.
+
+A folder holds `corpus.jsonl` ({"_id", "title", "text"} a line), `queries.jsonl` ({"_id", "text"}) and
+`qrels/SPLIT.tsv` (a header line, then query-id, corpus-id, score).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeret.errors import DataError
+from moeret.types import BASE_EXPERT, Document
+
+Qrels = dict[str, dict[str, int]]
+"""query id -> document id -> relevance; only relevance above 0 counts as a positive."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESERVED = {BASE_EXPERT, "all", "auto", "oracle"}
+_SHOWN_PROBLEMS = 3
+
+
+class Problems:
+    """Collects what is wrong with one file, to raise it all as one sentence."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.count = 0
+        self._shown: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Notes one problem."""
+        self.count += 1
+        if len(self._shown) < _SHOWN_PROBLEMS:
+            self._shown.append(problem)
+
+    def raise_if_any(self) -> None:
+        """Raises DataError naming the file, the first problems, and how many more there are."""
+        if self.count:
+            more = f"; and {self.count - len(self._shown)} more" if self.count > len(self._shown) else ""
+            raise DataError(f"{self.path}: {'; '.join(self._shown)}{more}")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Queries with at least one relevant document, and their judgments."""
+
+    queries: dict[str, str]
+    qrels: Qrels
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One named corpus with the judged queries of the splits that were asked for."""
+
+    name: str
+    path: Path
+    corpus: list[Document]
+    splits: dict[str, Judged]
+
+
+def parse_domains(arguments: list[str]) -> dict[str, Path]:
+    """Turns `["law=data/law", ...]` into {"law": Path("data/law")}.
+
+    Raises:
+      DataError: no `=`, a name twice, a name that cannot name a file, or a folder that is not there.
+    """
+    domains: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        if not equals or not folder:
+            raise DataError(f"--domain {argument}: expected NAME=BEIR_DIR, for example law=data/law")
+        check_name(name)
+        if name in domains:
+            raise DataError(f"--domain {name} is given twice; every domain needs a name of its own")
+        if not Path(folder).is_dir():
+            raise DataError(f"--domain {argument}: there is no directory {folder}")
+        domains[name] = Path(folder)
+    return domains
+
+
+def check_name(name: str) -> None:
+    """Raises DataError unless `name` can name a domain and its files."""
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise DataError(
+            f"{name!r} cannot name a domain: use letters, digits, dot, dash and underscore, "
+            f"starting with a letter or digit, at most 64, and none of {', '.join(sorted(_RESERVED))}"
+        )
+
+
+def read_domain(name: str, path: Path, splits: tuple[str, ...], optional: tuple[str, ...] = ()) -> Domain:
+    """Reads a BEIR folder with exactly these splits, so that no code can see another one.
+
+    Raises:
+      DataError: anything missing or malformed, with file and line. Splits in `optional` may be absent.
+    """
+    corpus = read_corpus(path / "corpus.jsonl")
+    wanted = {split: path / "qrels" / f"{split}.tsv" for split in (*splits, *optional)}
+    missing = [split for split in splits if not wanted[split].is_file()]
+    if missing:
+        raise DataError(f"{wanted[missing[0]]} is not there; domain {name} needs judged queries in its {missing[0]} split")
+    present = {split: file for split, file in wanted.items() if file.is_file()}
+    queries = read_queries(path / "queries.jsonl") if present else {}
+    known = {document.id for document in corpus}
+    judged = {split: _judged(queries, read_qrels(file, queries.keys(), known), file) for split, file in present.items()}
+    return Domain(name, path, corpus, judged)
+
+
+def _judged(queries: dict[str, str], qrels: Qrels, file: Path) -> Judged:
+    relevant = {query: documents for query, documents in qrels.items() if max(documents.values()) > 0}
+    if not relevant:
+        raise DataError(f"{file}: no query has a relevant document (a score above 0)")
+    return Judged({query: queries[query] for query in relevant}, relevant)
+
+
+def read_corpus(path: Path) -> list[Document]:
+    """Reads a corpus.jsonl.
+
+    Raises:
+      DataError: the file is missing or empty, a line is malformed, or an id comes twice.
+    """
+    problems, lines, documents = Problems(path), {}, []
+    for number, row in _rows(path, problems):
+        try:
+            document = Document(id=_id(row), title=_text(row, "title", ""), text=_text(row, "text"))
+        except DataError as error:
+            problems.add(f"line {number}: {error}")
+            continue
+        if document.id in lines:
+            problems.add(f"line {number}: id {document.id!r} is already on line {lines[document.id]}")
+        elif not document.contents:
+            problems.add(f"line {number}: document {document.id!r} has neither title nor text")
+        lines.setdefault(document.id, number)
+        documents.append(document)
+    problems.raise_if_any()
+    if not documents:
+        raise DataError(f"{path}: the corpus is empty")
+    return documents
+
+
+def read_queries(path: Path) -> dict[str, str]:
+    """Reads a queries.jsonl into query id -> text. Raises DataError as read_corpus does."""
+    problems, queries = Problems(path), {}
+    for number, row in _rows(path, problems):
+        try:
+            query, text = _id(row), _text(row, "text")
+        except DataError as error:
+            problems.add(f"line {number}: {error}")
+            continue
+        if query in queries:
+            problems.add(f"line {number}: query id {query!r} comes twice")
+        elif not text.strip():
+            problems.add(f"line {number}: query {query!r} is empty")
+        queries[query] = text
+    problems.raise_if_any()
+    return queries
+
+
+def read_qrels(path: Path, queries: Any, documents: Any) -> Qrels:
+    """Reads a qrels file whose ids must all be among `queries` and `documents` (containers of ids)."""
+    problems: Problems = Problems(path)
+    qrels: Qrels = {}
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            cells = line.rstrip("\r\n").split("\t")
+            if number == 1 or not line.strip():
+                continue
+            if len(cells) != 3:
+                problems.add(f"line {number}: expected query-id, corpus-id and score between tabs, got {line.strip()[:80]!r}")
+                continue
+            query, document, score = cells
+            if query not in queries:
+                problems.add(f"line {number}: query {query!r} is not in queries.jsonl")
+            if document not in documents:
+                problems.add(f"line {number}: document {document!r} is not in corpus.jsonl")
+            try:
+                qrels.setdefault(query, {})[document] = int(score)
+            except ValueError:
+                problems.add(f"line {number}: score {score[:20]!r} is not a whole number")
+    problems.raise_if_any()
+    if not qrels:
+        raise DataError(f"{path}: there are no judgments")
+    return qrels
+
+
+def carve_dev(train: Judged, share: float = 0.1) -> tuple[Judged, Judged]:
+    """Splits train into (train, dev) by a hash of the query id: the same queries whoever asks.
+
+    Raises:
+      DataError: fewer than two queries, so that one side would be empty.
+    """
+    if len(train.queries) < 2:
+        raise DataError("a train split of one query leaves nothing for dev; give at least two judged queries")
+    chosen = set(sample_ids(train.queries, max(1, round(share * len(train.queries)))))
+    dev = {query for query in train.queries if query in chosen}
+    return _only(train, train.queries.keys() - dev), _only(train, dev)
+
+
+def sample(judged: Judged, most: int) -> Judged:
+    """At most `most` queries, always the same ones."""
+    return _only(judged, set(sample_ids(judged.queries, most)))
+
+
+def sample_ids(ids: Any, most: int) -> list[str]:
+    """At most `most` of these ids in a fixed pseudo-random order that does not depend on the others' presence."""
+    return sorted(ids, key=lambda id: hashlib.sha256(id.encode()).digest())[:most]
+
+
+def _only(judged: Judged, keep: Any) -> Judged:
+    return Judged(
+        {query: text for query, text in judged.queries.items() if query in keep},
+        {query: documents for query, documents in judged.qrels.items() if query in keep},
+    )
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open(encoding="utf-8", errors="surrogateescape", newline="\n")
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a JSONL file with their line numbers; what is not one is added to `problems`."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                problems.add(f"line {number}: not JSON ({getattr(error, 'msg', type(error).__name__)}): {line.strip()[:60]!r}")
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                problems.add(f"line {number}: expected a JSON object, got {line.strip()[:60]!r}")
+
+
+def _id(row: dict[str, Any]) -> str:
+    value = row.get("_id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value:
+        raise DataError(f"_id must be a non-empty string, got {value!r}")
+    return _encodable(value, "_id")
+
+
+def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
+    value = row.get(key, default)
+    if value is None and default is not None:
+        value = default
+    if not isinstance(value, str):
+        raise DataError(f"{key} must be a string, got {value!r}" if key in row else f"{key} is missing")
+    return _encodable(value, key)
+
+
+def _encodable(value: str, key: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{key} is not valid Unicode text") from None
+    return value

@@ -1,0 +1,86 @@
+"""Length buckets: which padded lengths there are, and which texts share a batch.
+
+XLA compiles one program per shape, so lengths are rounded up to a few bucket edges. The same functions plan training,
+indexing and search, so that no two of them can disagree about shapes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+TOKENS_PER_BATCH = 1024
+"""Padded tokens in a batch: small enough for its temporaries to stay in a CPU's cache."""
+
+_LADDER = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+def standard_edges(max_length: int) -> tuple[int, ...]:
+    """Edges for texts that are not known beforehand: steps of a third to a half, up to `max_length` tokens."""
+    return (*(edge for edge in _LADDER if edge < max_length), max_length)
+
+
+def bucket_edges(lengths: Int[np.ndarray, "N"], buckets: int) -> tuple[int, ...]:
+    """At most `buckets` edges that pad these lengths with the fewest tokens (dynamic programming, exact).
+
+    best[j][i] = min over h < i of best[j-1][h] + edge_i * (number of texts between edge_h and edge_i); the texts' own
+    tokens are the same whatever the edges, so minimal padded tokens is minimal padding.
+    """
+    values, counts = np.unique(lengths, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    best = values * below[1:]  # one bucket up to each value
+    choices: list[np.ndarray] = []
+    for _ in range(min(buckets, len(values)) - 1):
+        # cost[h, i]: the best with an edge at value h, and one more bucket from there to value i
+        cost = best[:, None] + values[None, :] * (below[None, 1:] - below[1:, None])
+        cost = np.where(np.arange(len(values))[:, None] < np.arange(len(values))[None, :], cost, np.iinfo(np.int64).max)
+        choice = np.argmin(cost, axis=0)
+        better = cost[choice, np.arange(len(values))]
+        choices.append(np.where(better < best, choice, -1))
+        best = np.minimum(best, better)
+    edges, i = [int(values[-1])], len(values) - 1
+    for choice in reversed(choices):
+        if choice[i] >= 0:
+            i = int(choice[i])
+            edges.append(int(values[i]))
+    return tuple(reversed(edges))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of a text list that are encoded together, in a program of shape [size, edge]; size >= len(rows)."""
+
+    rows: Int[np.ndarray, "B"]
+    edge: int
+    size: int
+
+
+def full_size(edge: int, tokens: int = TOKENS_PER_BATCH) -> int:
+    """Rows of a full batch at this edge: a power of two within the token budget, at least 1."""
+    return 1 << max(0, (tokens // edge).bit_length() - 1)
+
+
+def length_batches(
+    lengths: Int[np.ndarray, "N"], edges: Sequence[int], tokens: int = TOKENS_PER_BATCH
+) -> Iterator[Batch]:
+    """Covers every text once with batches of one bucket each; short ones round up to a power of two rows."""
+    which = np.searchsorted(edges, lengths)
+    for bucket in np.unique(which):
+        rows = np.flatnonzero(which == bucket)
+        full = full_size(edges[bucket], tokens)
+        for start in range(0, len(rows), full):
+            chunk = rows[start : start + full]
+            yield Batch(chunk, edges[bucket], 1 << (len(chunk) - 1).bit_length())
+
+
+def pad(
+    ids: Sequence[Int[np.ndarray, "L"]], batch: Batch
+) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
+    """Token ids [size, edge] and lengths [size] of a batch; spare rows are one padding token long."""
+    padded = np.zeros((batch.size, batch.edge), np.int32)
+    lengths = np.ones(batch.size, np.int32)
+    for position, row in enumerate(batch.rows):
+        padded[position, : len(ids[row])] = ids[row]
+        lengths[position] = len(ids[row])
+    return padded, lengths

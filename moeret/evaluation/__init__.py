@@ -1,0 +1,1 @@
+"""How good a retriever is, against what it must beat."""

@@ -1,0 +1,159 @@
+"""Texts to vectors: length-bucketed, compiled inference through the base and its experts."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moeret import artifact
+from moeret.data.buckets import Batch, length_batches, pad, standard_edges
+from moeret.models.experts import Bank, Mixture, gather, trunk_layers
+from moeret.models.pretrained import Base
+from moeret.progress import Advance
+
+Choose = Callable[[Float[np.ndarray, "B D"]], tuple[Int[np.ndarray, "B S"], Float[np.ndarray, "B S"]]]
+"""From unit base embeddings to each row's experts and weights."""
+
+_CHUNK = 2048
+"""Texts tokenised, embedded and cached at a time."""
+
+
+@jax.jit(static_argnames=("graph", "layers"))
+def _trunk(graph, layers: int, params, ids: Int[Array, "B L"], lengths: Int[Array, "B"]) -> Float[Array, "B L D"]:
+    return nnx.merge(graph, params).trunk(ids, lengths, layers)
+
+
+@jax.jit(static_argnames=("graph", "layers"))
+def _branch(
+    graph, layers: int, params, bank: Bank, x: Float[Array, "B L D"], lengths: Int[Array, "B"], mixture: Mixture
+) -> Float[Array, "B D"]:
+    return nnx.merge(graph, params).branch(x, lengths, layers, gather(bank, mixture))
+
+
+@jax.jit(static_argnames=("graph", "layers"))
+def _plain_branch(
+    graph, layers: int, params, x: Float[Array, "B L D"], lengths: Int[Array, "B"]
+) -> Float[Array, "B D"]:
+    return nnx.merge(graph, params).branch(x, lengths, layers, {})
+
+
+class Embedder:
+    """Embeds texts with the base and any mix of the bank's experts (expert 0, the base, in front)."""
+
+    def __init__(self, base: Base, bank: Bank):
+        self.base_encoder = base
+        self.bank = jax.device_put(bank)
+        self._params = jax.device_put(base.params)
+        self._layers = trunk_layers(bank, base.config)
+        self._edges = standard_edges(base.tokenizer.max_length)
+        self.width = base.config.width
+
+    def with_bank(self, bank: Bank) -> "Embedder":
+        """The same base with another bank of experts."""
+        other = copy.copy(self)
+        other.bank, other._layers = jax.device_put(bank), trunk_layers(bank, self.base_encoder.config)
+        return other
+
+    def base(
+        self, texts: Sequence[str], *, normalize: bool = True, advance: Advance | None = None
+    ) -> Float[np.ndarray, "N D"]:
+        """Base embeddings; `advance` is called with the number of texts done."""
+        out = np.empty((len(texts), self.width), np.float32)
+        for start, ids, batch in self._batches(texts):
+            x, lengths = self._run_trunk(ids, batch)
+            out[start + batch.rows] = self._run_base(x, lengths)[: len(batch.rows)]
+            if advance:
+                advance(len(batch.rows))
+        return _unit_rows(out) if normalize else out
+
+    def mixed(
+        self,
+        texts: Sequence[str],
+        experts: Int[np.ndarray, "N S"],
+        weights: Float[np.ndarray, "N S"],
+        *,
+        normalize: bool = True,
+        advance: Advance | None = None,
+    ) -> Float[np.ndarray, "N D"]:
+        """Embeddings of each text by its own weighted experts, whatever the mix in one program."""
+        out = np.empty((len(texts), self.width), np.float32)
+        for start, ids, batch in self._batches(texts):
+            x, lengths = self._run_trunk(ids, batch)
+            rows = start + batch.rows
+            out[rows] = self._run_branch(x, lengths, experts[rows], weights[rows])[: len(rows)]
+            if advance:
+                advance(len(rows))
+        return _unit_rows(out) if normalize else out
+
+    def routed(
+        self, texts: Sequence[str], choose: Choose
+    ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
+        """(base, merged) unit embeddings; the lower layers are read once for both.
+
+        `choose` sees the base embeddings of a batch and returns each row's experts and weights.
+        """
+        base, merged = (np.empty((len(texts), self.width), np.float32) for _ in range(2))
+        for start, ids, batch in self._batches(texts):
+            rows = start + batch.rows
+            x, lengths = self._run_trunk(ids, batch)
+            base[rows] = _unit_rows(self._run_base(x, lengths)[: len(rows)])
+            experts, weights = choose(base[rows])
+            merged[rows] = base[rows]
+            if weights.any():
+                merged[rows] = _unit_rows(self._run_branch(x, lengths, experts, weights)[: len(rows)])
+        return base, merged
+
+    def _batches(self, texts: Sequence[str]):
+        for start in range(0, len(texts), _CHUNK):
+            ids = self.base_encoder.tokenizer(texts[start : start + _CHUNK])
+            for batch in length_batches(np.array([len(own) for own in ids]), self._edges):
+                yield start, ids, batch
+
+    def _run_trunk(self, ids, batch: Batch) -> tuple[Array, Array]:
+        padded, lengths = jax.device_put(pad(ids, batch))
+        return _trunk(self.base_encoder.graph, self._layers, self._params, padded, lengths), lengths
+
+    def _run_base(self, x: Array, lengths: Array) -> np.ndarray:
+        return np.asarray(_plain_branch(self.base_encoder.graph, self._layers, self._params, x, lengths))
+
+    def _run_branch(self, x: Array, lengths: Array, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        spare = ((0, x.shape[0] - len(experts)), (0, 0))
+        mixture = Mixture(np.pad(experts, spare).astype(np.int32), np.pad(weights, spare).astype(np.float32))
+        mixture = jax.device_put(mixture)
+        return np.asarray(_branch(self.base_encoder.graph, self._layers, self._params, self.bank, x, lengths, mixture))
+
+
+def _unit_rows(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def cached_vectors(
+    embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str], width: int, folder: Path, key: str
+) -> Float[np.ndarray, "N D"]:
+    """`embed(texts)` in chunks kept under `folder`, so that a killed job loses one chunk and a second job none.
+
+    A chunk is found by a hash of `key` (which names the encoder) and its texts, and checked by its own digest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    out = np.empty((len(texts), width), np.float32)
+    for start in range(0, len(texts), _CHUNK):
+        chunk = texts[start : start + _CHUNK]
+        out[start : start + len(chunk)] = _cached_chunk(embed, chunk, width, folder, key)
+    return out
+
+
+def _cached_chunk(embed: Callable, chunk: Sequence[str], width: int, folder: Path, key: str) -> np.ndarray:
+    path = folder / f"{artifact.fingerprint([key, list(chunk)])}.vectors"
+    if path.is_file():
+        raw = path.read_bytes()
+        if hashlib.sha256(raw[32:]).digest() == raw[:32] and len(raw) == 32 + 4 * len(chunk) * width:
+            return np.frombuffer(raw[32:], np.float32).reshape(len(chunk), width)
+    vectors = np.ascontiguousarray(embed(chunk), np.float32)
+    raw = vectors.tobytes()
+    artifact.write_atomically(path, hashlib.sha256(raw).digest() + raw)
+    return vectors

@@ -1,0 +1,133 @@
+"""The base: a BERT-family transformer encoder as a flax nnx module.
+
+It runs in two halves so that a query's lower layers are computed once: `trunk` up to the first layer that experts
+change, and `branch` from there to the pooled embedding, with each row's expert deltas added to the matrices.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+_MASKED = -1e9
+
+Deltas = Mapping[str, Mapping[str, Mapping[str, Array]]]
+"""layer -> matrix -> each row's {"a": [B, D_in, R], "b": [B, R, D_out]}, as moeret.models.experts.gather gives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """Shape and pooling of a BERT-family encoder."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    positions: int
+    token_types: int
+    layer_norm_eps: float
+    activation: str
+    pooling: Literal["mean", "cls"]
+    normalize: bool
+    """Whether the model's own pipeline ends in unit vectors."""
+
+
+def matrix_shapes(config: EncoderConfig) -> dict[str, tuple[int, int]]:
+    """(D_in, D_out) of every matrix of a layer that an expert can change."""
+    width, mlp = config.width, config.mlp_width
+    square = dict.fromkeys(("query", "key", "value", "attention_output"), (width, width))
+    return {**square, "mlp_in": (width, mlp), "mlp_out": (mlp, width)}
+
+
+def _project(linear: nnx.Linear, x: Array, delta: Mapping[str, Array] | None) -> Array:
+    y = linear(x)
+    if delta is not None:
+        y = y + jnp.einsum("blr,bro->blo", jnp.einsum("bld,bdr->blr", x, delta["a"]), delta["b"])
+    return y
+
+
+class Layer(nnx.Module):
+    """One post-norm transformer layer (BERT, arXiv 1810.04805)."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        for name, (d_in, d_out) in matrix_shapes(config).items():
+            setattr(self, name, nnx.Linear(d_in, d_out, rngs=rngs))
+        norm = {"epsilon": config.layer_norm_eps, "use_fast_variance": False, "rngs": rngs}
+        self.attention_norm = nnx.LayerNorm(config.width, **norm)
+        self.mlp_norm = nnx.LayerNorm(config.width, **norm)
+        self.heads = config.heads
+        self.activation = ACTIVATIONS[config.activation]
+
+    def __call__(
+        self, x: Float[Array, "B L D"], bias: Float[Array, "B 1 1 L"], deltas: Mapping[str, Mapping[str, Array]]
+    ) -> Float[Array, "B L D"]:
+        """One layer; `bias` is added to the attention logits, `deltas` maps matrices to low-rank factors."""
+
+        def project(name: str, inputs: Array) -> Array:
+            return _project(getattr(self, name), inputs, deltas.get(name))
+
+        rows, length, width = x.shape
+        heads = (rows, length, self.heads, width // self.heads)
+        q, k, v = (project(name, x).reshape(heads) for name in ("query", "key", "value"))
+        logits = jnp.einsum("blhd,bmhd->bhlm", q, k) / jnp.sqrt(jnp.float32(heads[-1])) + bias
+        mixed = jnp.einsum("bhlm,bmhd->blhd", jax.nn.softmax(logits, axis=-1), v).reshape(x.shape)
+        x = self.attention_norm(x + project("attention_output", mixed))
+        return self.mlp_norm(x + project("mlp_out", self.activation(project("mlp_in", x))))
+
+
+class Encoder(nnx.Module):
+    """Token ids to embeddings."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.words = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
+        self.positions = nnx.Embed(config.positions, config.width, rngs=rngs)
+        self.token_types = nnx.Embed(config.token_types, config.width, rngs=rngs)
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+        self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.layers)])
+
+    def trunk(
+        self, ids: Int[Array, "B L"], lengths: Int[Array, "B"], layers: int
+    ) -> Float[Array, "B L D"]:
+        """Hidden states after the first `layers` layers, which no expert touches."""
+        positions = jnp.arange(ids.shape[1])
+        x = self.words(ids) + (self.positions(positions) + self.token_types(jnp.zeros_like(positions)))[None]
+        x, bias = self.norm(x), _attention_bias(lengths, ids.shape[1])
+        for layer in self.layers[:layers]:
+            x = layer(x, bias, {})
+        return x
+
+    def branch(
+        self, x: Float[Array, "B L D"], lengths: Int[Array, "B"], layers: int, deltas: Deltas
+    ) -> Float[Array, "B D"]:
+        """Embeddings from hidden states after `layers` layers, each row with its own expert deltas."""
+        bias = _attention_bias(lengths, x.shape[1])
+        for number, layer in enumerate(self.layers[layers:], start=layers):
+            x = layer(x, bias, deltas.get(f"layer_{number:02d}", {}))
+        if self.config.pooling == "cls":
+            pooled = x[:, 0]
+        else:
+            kept = (jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None].astype(x.dtype)
+            pooled = (x * kept).sum(1) / lengths[:, None].astype(x.dtype)
+        return unit(pooled) if self.config.normalize else pooled
+
+
+def _attention_bias(lengths: Int[Array, "B"], length: int) -> Float[Array, "B 1 1 L"]:
+    kept = jnp.arange(length)[None] < lengths[:, None]
+    return jnp.where(kept, 0.0, _MASKED).astype(jnp.float32)[:, None, None, :]
+
+
+def unit(vectors: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Vectors scaled to length 1; a zero vector stays zero."""
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

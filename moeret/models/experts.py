@@ -1,0 +1,107 @@
+"""The expert bank: low-rank experts stacked along one axis, mixed row by row inside one program.
+
+A bank maps layer -> matrix -> {"a": [E, D_in, R], "b": [E, R, D_out]}. For a row with experts e_s and weights w_s, a
+matrix W acts as W + sum_s w_s a[e_s] b[e_s] (LoRA, arXiv 2106.09685, without its constant scale). Gathering each row's
+factors makes the cost depend on the slots S, not on the number of experts E; expert 0 is all zeros, the base.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moeret.config import ExpertConfig
+from moeret.models.encoder import EncoderConfig, matrix_shapes
+
+Factors = dict[str, Array]
+Bank = dict[str, dict[str, Factors]]
+
+
+class Mixture(NamedTuple):
+    """Which experts each row of a batch mixes, and how strongly; unused slots have weight 0."""
+
+    experts: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+
+
+def layer_name(layer: int) -> str:
+    """The bank's key of a layer."""
+    return f"layer_{layer:02d}"
+
+
+def init_bank(encoder: EncoderConfig, config: ExpertConfig, keys: Sequence[Array]) -> Bank:
+    """One new expert per key: `a` random (so that gradients flow), `b` zero (so that it starts as the base)."""
+    start = encoder.layers - config.layers
+    shapes = matrix_shapes(encoder)
+    bank: Bank = {}
+    for layer in range(start, encoder.layers):
+        factors = bank.setdefault(layer_name(layer), {})
+        for number, matrix in enumerate(config.matrices):
+            d_in, d_out = shapes[matrix]
+            draws = [
+                jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, layer), number), (d_in, config.rank))
+                for key in keys
+            ]
+            factors[matrix] = {
+                "a": jnp.stack(draws) / jnp.sqrt(jnp.float32(d_in)),
+                "b": jnp.zeros((len(keys), config.rank, d_out), jnp.float32),
+            }
+    return bank
+
+
+def with_base(bank: Bank) -> Bank:
+    """The bank with expert 0, the base, in front."""
+    return jax.tree.map(lambda leaf: jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf]), bank)
+
+
+def stack(experts: Sequence[Bank]) -> Bank:
+    """A bank [E, ...] out of single experts without a leading axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *experts)
+
+
+def take(bank: Bank, expert: int) -> Bank:
+    """One expert of a bank, without the leading axis, as numpy arrays."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf[expert]), bank)
+
+
+def gather(bank: Bank, mixture: Mixture) -> Bank:
+    """Each row's mixed factors: {"a": [B, D_in, S*R], "b": [B, S*R, D_out]}, the weights folded into `b`."""
+    rows, slots = mixture.experts.shape
+
+    def gather_matrix(factors: Factors) -> Factors:
+        _, d_in, rank = factors["a"].shape
+        a = factors["a"][mixture.experts]  # [B, S, D_in, R]
+        b = factors["b"][mixture.experts] * mixture.weights[:, :, None, None]  # [B, S, R, D_out]
+        return {
+            "a": jnp.moveaxis(a, 1, 2).reshape(rows, d_in, slots * rank),
+            "b": b.reshape(rows, slots * rank, b.shape[-1]),
+        }
+
+    return {layer: {name: gather_matrix(f) for name, f in matrices.items()} for layer, matrices in bank.items()}
+
+
+def trunk_layers(bank: Bank, encoder: EncoderConfig) -> int:
+    """How many lower layers no expert of the bank changes: they are read once, whatever the route."""
+    return next((layer for layer in range(encoder.layers) if layer_name(layer) in bank), encoder.layers)
+
+
+def flatten(expert: Bank) -> dict[str, np.ndarray]:
+    """One expert as flat tensors named layer.matrix.factor, as its file has them."""
+    return {
+        f"{layer}.{matrix}.{factor}": np.asarray(array)
+        for layer, matrices in expert.items()
+        for matrix, factors in matrices.items()
+        for factor, array in factors.items()
+    }
+
+
+def unflatten(tensors: dict[str, np.ndarray]) -> Bank:
+    """The inverse of `flatten`."""
+    expert: Bank = {}
+    for name, array in tensors.items():
+        layer, matrix, factor = name.split(".")
+        expert.setdefault(layer, {}).setdefault(matrix, {})[factor] = array
+    return expert

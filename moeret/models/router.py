@@ -1,0 +1,69 @@
+"""The router: base embedding in, a probability per expert out, and which experts to use.
+
+Both kinds are linear in the unit base embedding, so they share all code but the fitting. `centroids` scores an expert by
+the cosine to the mean of its training queries (the training-free router of RouterRetriever, arXiv 2409.02685, with
+one pilot an expert); `learned` is multinomial logistic regression. A scale, calibrated on dev, makes either's scores
+probabilities (temperature scaling, arXiv 1706.04599).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+CENTROID_SCALE = 20.0
+"""Sharpness of centroid probabilities before any calibration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Linear scores over experts 1..E, and the rules that turn probabilities into a choice.
+
+    A query keeps at most `slots` experts with a probability of at least `minimum` (the best one always), their weights
+    scaled to sum to 1; below `threshold` for the best one, the router abstains to the base.
+    """
+
+    kind: str
+    weights: Float[np.ndarray, "D E"]
+    bias: Float[np.ndarray, "E"]
+    slots: int = 2
+    minimum: float = 0.1
+    threshold: float = 0.0
+
+    def probabilities(self, vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q E"]:
+        """A probability per expert for unit base embeddings; each row sums to 1."""
+        return softmax(vectors @ self.weights + self.bias)
+
+    def choose(
+        self, probabilities: Float[np.ndarray, "Q E"]
+    ) -> tuple[Int[np.ndarray, "Q S"], Float[np.ndarray, "Q S"], Bool[np.ndarray, "Q"]]:
+        """(experts counted from 1, best first; their weights; who abstained). Unused slots have weight 0."""
+        slots = min(self.slots, probabilities.shape[1])
+        experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :slots]
+        best = np.take_along_axis(probabilities, experts, axis=1)
+        kept = best >= self.minimum
+        kept[:, 0] = True
+        abstained = best[:, 0] < self.threshold
+        weights = np.where(kept & ~abstained[:, None], best, 0.0)
+        total = weights.sum(axis=1, keepdims=True)
+        weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        return experts + 1, weights.astype(np.float32), abstained
+
+    def scaled(self, scale: float) -> "Router":
+        """The same router with sharper (above 1) or softer probabilities."""
+        return replace(self, weights=self.weights * np.float32(scale), bias=self.bias * np.float32(scale))
+
+
+def centroid_router(vectors: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
+    """A router from each expert's unit base embeddings; nothing is trained."""
+    means = np.stack([own.mean(axis=0) for own in vectors])
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    weights = (CENTROID_SCALE * means.T).astype(np.float32)
+    return Router("centroids", weights, np.zeros(len(vectors), np.float32))
+
+
+def softmax(scores: Float[np.ndarray, "Q E"]) -> Float[np.ndarray, "Q E"]:
+    """Softmax along the last axis."""
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)

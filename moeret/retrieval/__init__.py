@@ -1,0 +1,1 @@
+"""Indexes of an expert's documents, and search over all of them."""

@@ -1,0 +1,1 @@
+"""Learning experts and routers."""

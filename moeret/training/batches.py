@@ -1,0 +1,121 @@
+"""What a training step reads: a domain's queries and positives made ready, and the plan's rows as device arrays."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+
+from moeret.config import TrainConfig
+from moeret.data.buckets import TOKENS_PER_BATCH, Batch, bucket_edges, pad
+from moeret.data.negatives import mine_hard_negatives
+from moeret.data.plan import TRAINING_BUCKETS, BatchPlan, MicroBatch
+from moeret.training.mesh import replicate, shard_rows
+from moeret.training.step import Frozen, PairBatch, QueryBatch, TextBatch
+
+Ids = list[Int[np.ndarray, "L"]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSet:
+    """One domain ready for training: train queries as token ids, positives as rows of the document pool."""
+
+    name: str
+    queries: Ids
+    query_vectors: Float[np.ndarray, "Q D"]
+    positives: list[Int[np.ndarray, "P"]]
+    documents: Int[np.ndarray, "N"]  # the domain's rows of the pool
+
+
+class Batches:
+    """The batches of every step, on the devices of a mesh. `static` and `frozen` are what all steps share."""
+
+    def __init__(
+        self,
+        graph,
+        layers: int,
+        params,
+        pool: Float[np.ndarray, "N D"],
+        document_ids: Ids | None,
+        sets: Sequence[TrainingSet],
+        config: TrainConfig,
+        mesh: Mesh,
+    ):
+        self.names = tuple(own.name for own in sets)
+        self.mesh, self.static = mesh, (graph, layers, config.temperature)
+        self.frozen = replicate(mesh, Frozen(params, pool))
+        self._sets, self._config, self._document_ids = sets, config, document_ids
+        lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
+        self._plan = BatchPlan.make(
+            self.names, lengths, config.batch_size, config.seed, TOKENS_PER_BATCH * mesh.size
+        )
+        if document_ids is None:
+            most = max(len(positives) for own in sets for positives in own.positives)
+            self._positives = [_padded(own.positives, most) for own in sets]
+        else:
+            self._document_edges = bucket_edges(np.array([len(ids) for ids in document_ids]), TRAINING_BUCKETS)
+            self._mined = [self._mine(pool, own) for own in sets]
+
+    def step(self, step: int, active: Bool[np.ndarray, "E"]) -> Iterator[QueryBatch | PairBatch]:
+        """The step's batches of the active experts; a pure function of its arguments."""
+        if self._document_ids is None:
+            for micro in self._plan.step(step, active):
+                yield shard_rows(self.mesh, self._query_batch(micro))
+        else:
+            for expert in np.flatnonzero(active):
+                yield shard_rows(self.mesh, self._pair_batch(int(expert), step))
+
+    def _query_batch(self, micro: MicroBatch) -> QueryBatch:
+        rows = [self._sets[e].queries[q] for e, q in zip(micro.experts, micro.queries, strict=True)]
+        spare = micro.size - len(rows)
+        positives = np.stack([self._positives[e][q] for e, q in zip(micro.experts, micro.queries, strict=True)])
+        return QueryBatch(
+            queries=TextBatch(*pad(rows, Batch(np.arange(len(rows)), micro.edge, micro.size))),
+            experts=np.pad(micro.experts, (0, spare)).astype(np.int32),
+            weights=np.pad(np.full(len(rows), 1 / self._config.batch_size, np.float32), (0, spare)),
+            positives=np.pad(positives, ((0, spare), (0, 0)), constant_values=-1),
+        )
+
+    def _pair_batch(self, expert: int, step: int) -> PairBatch:
+        own, queries = self._sets[expert], self._plan.queries(expert, step)
+        random = np.random.default_rng(
+            int.from_bytes(hashlib.sha256(f"{self._config.seed}/{own.name}/{step}/pairs".encode()).digest()[:8])
+        )
+        chosen = np.array([random.choice(own.positives[q]) for q in queries])
+        mined = self._mined[expert]
+        picks = random.integers(mined.shape[1], size=(len(queries), self._config.hard_negatives))
+        columns = np.concatenate([chosen, np.take_along_axis(mined[queries], picks, axis=1).ravel()])
+        relevant = [set(own.positives[q].tolist()) for q in queries]
+        return PairBatch(
+            queries=_text_batch([own.queries[q] for q in queries], self._plan.edges),
+            documents=_text_batch([self._document_ids[row] for row in columns], self._document_edges),
+            experts=np.full(len(queries), expert, np.int32),
+            document_experts=np.full(len(columns), expert, np.int32),
+            weights=np.full(len(queries), 1 / self._config.batch_size, np.float32),
+            positives=np.array([[int(row) in positives for row in columns] for positives in relevant]),
+        )
+
+    def _mine(self, pool: Float[np.ndarray, "N D"], own: TrainingSet) -> Int[np.ndarray, "Q 16"]:
+        """Hard negatives of each train query, out of its own domain, as pool rows."""
+        first, count = own.documents[0], len(own.documents)
+        positives = [rows - first for rows in own.positives]
+        depth = max(1, min(_MINED, count - max(len(rows) for rows in positives)))
+        return first + mine_hard_negatives(own.query_vectors, pool[first : first + count], positives, depth)
+
+
+_MINED = 16
+"""Depth of the mined list that hard negatives are drawn from."""
+
+
+def _padded(positives: list[np.ndarray], width: int) -> Int[np.ndarray, "Q P"]:
+    out = np.full((len(positives), width), -1, np.int32)
+    for row, own in enumerate(positives):
+        out[row, : len(own)] = own
+    return out
+
+
+def _text_batch(ids: Ids, edges: Sequence[int]) -> TextBatch:
+    edge = edges[int(np.searchsorted(edges, max(len(own) for own in ids)))]
+    return TextBatch(*pad(ids, Batch(np.arange(len(ids)), edge, len(ids))))

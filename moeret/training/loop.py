@@ -1,0 +1,171 @@
+"""fit: the only training loop."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Bool, Float, Int
+
+from moeret.config import TrainConfig
+from moeret.models.experts import Bank
+from moeret.progress import progress_bar
+from moeret.training.batches import Batches
+from moeret.training.checkpoint import Checkpoints
+from moeret.training.mesh import replicate
+from moeret.training.step import TrainState, add_batch, make_optimizer, update, zero_totals
+
+Evaluate = Callable[[Bank, Bool[np.ndarray, "E"]], Float[np.ndarray, "E"]]
+"""Dev nDCG@10 of each active expert of a bank (without the base); what it says of the others is not used."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How every expert is doing on dev: the choice of its checkpoint, and when it stops."""
+
+    base: np.ndarray
+    best: np.ndarray
+    best_step: np.ndarray
+    stale: np.ndarray
+    active: np.ndarray
+
+    @classmethod
+    def start(cls, experts: int) -> "Progress":
+        """Nothing looked at yet."""
+        zeros = np.zeros(experts, np.int32)
+        unseen = np.full(experts, -1.0, np.float32)
+        return cls(unseen, unseen.copy(), zeros, zeros.copy(), np.ones(experts, bool))
+
+    def look(self, step: int, scores: Float[np.ndarray, "E"], patience: int) -> Bool[np.ndarray, "E"]:
+        """Notes a look at dev, and returns which experts are better than ever."""
+        if step == 0:
+            self.base = scores.astype(np.float32)
+        better = self.active & (scores > self.best)
+        self.best = np.where(better, scores, self.best).astype(np.float32)
+        self.best_step = np.where(better, step, self.best_step).astype(np.int32)
+        self.stale = np.where(better, 0, self.stale + self.active).astype(np.int32)
+        self.active = self.active & (self.stale < patience)
+        return better
+
+    def tree(self) -> dict[str, jax.Array]:
+        """As arrays for a checkpoint."""
+        return {name: jnp.asarray(getattr(self, name)) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A finished run: every expert at its best step (0: it never beat the base)."""
+
+    bank: Bank
+    base_dev: Float[np.ndarray, "E"]
+    dev: Float[np.ndarray, "E"]
+    steps: Int[np.ndarray, "E"]
+
+
+@dataclass(slots=True)
+class MetricsLog:
+    """Metrics as JSON lines; a resumed run first drops the lines that it will write again."""
+
+    path: Path
+    started: float = field(default_factory=time.monotonic)
+
+    def resume(self, step: int) -> None:
+        """Keeps only lines up to this step."""
+        if self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+    def write(self, **values: Any) -> None:
+        """Appends one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def fit(
+    bank: Bank, batches: Batches, evaluate: Evaluate, config: TrainConfig, work: Path, *, show_progress_bar: bool
+) -> Fitted:
+    """Trains all experts of `bank` (without the base) until their steps are done or dev stops improving.
+
+    Progress lives in `work`: a run that was cut off goes on from its newest checkpoint, and ends with the parameters that
+    an undisturbed run has, because a step depends only on its number. A KeyboardInterrupt saves a checkpoint first.
+    """
+    # ---- State: fresh, or as the newest checkpoint has it
+    names = batches.names
+    optimizer = make_optimizer(config)
+    state = TrainState(bank, optimizer.init(bank))
+    state, best_bank = replicate(batches.mesh, (state, jax.tree.map(jnp.copy, bank)))
+    progress, log = Progress.start(len(names)), MetricsLog(work / "metrics.jsonl")
+    with Checkpoints(work / "checkpoints") as checkpoints:
+        saved = checkpoints.restore(_tree(state, best_bank, progress))
+        step = 0
+        if saved:
+            step, tree = saved
+            state, best_bank = TrainState(*tree["state"]), tree["best_bank"]
+            state = TrainState(state.bank, _like(optimizer.init(bank), state.opt_state))
+            progress = Progress(**{name: np.asarray(value) for name, value in tree["progress"].items()})
+        log.resume(step if saved else -1)
+
+        def look(step: int) -> None:
+            nonlocal best_bank
+            scores = evaluate(state.bank, progress.active)
+            better = progress.look(step, scores, config.patience)
+            best_bank = _choose(jnp.asarray(better), state.bank, best_bank)
+            log.write(step=step, dev={name: round(float(s), 5) for name, s in zip(names, scores, strict=True)})
+
+        if not saved:
+            look(0)
+
+        # ---- Steps
+        with progress_bar("Training", config.steps, shown=show_progress_bar, unit="steps", start=step) as advance:
+            try:
+                while step < config.steps and progress.active.any():
+                    started, active = time.monotonic(), progress.active.copy()
+                    totals = replicate(batches.mesh, zero_totals(state.bank))
+                    for batch in batches.step(step, active):
+                        totals = add_batch(*batches.static, batches.frozen, state.bank, totals, batch)
+                    state = update(optimizer, state, totals.gradients, jnp.asarray(active))
+                    losses = np.asarray(totals.losses)
+                    step += 1
+                    seconds = time.monotonic() - started
+                    rate = active.sum() * config.batch_size / seconds
+                    mean = float(losses[active].mean())
+                    log.write(
+                        step=step,
+                        loss={name: round(float(x), 5) for name, x, on in zip(names, losses, active, strict=True) if on},
+                        pairs_per_second=round(float(rate), 1),
+                    )
+                    if not np.isfinite(mean):
+                        raise FloatingPointError(
+                            f"the loss is not finite at step {step}; rerun with a lower --config.learning-rate in a new --out"
+                        )
+                    if step % config.evaluate_every == 0 or step == config.steps:
+                        look(step)
+                        checkpoints.save(step, _tree(state, best_bank, progress))
+                    dev = float(progress.best.mean())
+                    advance(1, f"loss {mean:.3f}  {rate:.0f} pairs/s  dev nDCG@10 {dev:.3f}  training {active.sum()}")
+            except KeyboardInterrupt:
+                # Between two steps the state is whole; a step that was cut off is done again.
+                checkpoints.save(step, _tree(state, best_bank, progress))
+                raise
+    return Fitted(jax.device_get(best_bank), progress.base, progress.best, progress.best_step)
+
+
+def _tree(state: TrainState, best_bank: Bank, progress: Progress) -> dict[str, Any]:
+    return {"state": tuple(state), "best_bank": best_bank, "progress": progress.tree()}
+
+
+def _like(structure: optax.OptState, restored: Any) -> optax.OptState:
+    """Restored leaves in the optimizer's own containers."""
+    return jax.tree.unflatten(jax.tree.structure(structure), jax.tree.leaves(restored))
+
+
+def _choose(better: jax.Array, new: Bank, old: Bank) -> Bank:
+    """The experts of `new` where `better`, else those of `old`."""
+    return jax.tree.map(lambda a, b: jnp.where(better[:, None, None], a, b), new, old)

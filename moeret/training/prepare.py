@@ -1,0 +1,106 @@
+"""From BEIR folders to what training reads: texts checked, tokenised, embedded by the base, split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from moeret import artifact
+from moeret.config import TrainConfig
+from moeret.data.beir import Domain, carve_dev, read_domain, sample
+from moeret.models.embed import Embedder, cached_vectors
+from moeret.models.model import Profile
+from moeret.progress import progress_bar
+from moeret.training.batches import TrainingSet
+from moeret.training.routing import DevSet
+
+PROFILE_QUERIES, PROFILE_DOCUMENTS = 2048, 4096
+"""Vectors that a profile keeps at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All domains, made ready: `pool` holds every document's unit base vector, and behind them other negatives."""
+
+    domains: list[Domain]
+    sets: list[TrainingSet]
+    dev: list[DevSet]
+    profiles: list[Profile]
+    pool: Float[np.ndarray, "N D"]
+
+
+def read_domains(domains: dict[str, Path]) -> list[Domain]:
+    """Reads the train and, where there is one, the dev split of each folder; a missing dev is carved out of train."""
+    read = [read_domain(name, path, ("train",), optional=("dev",)) for name, path in domains.items()]
+    for domain in read:
+        if "dev" not in domain.splits:
+            domain.splits["train"], domain.splits["dev"] = carve_dev(domain.splits["train"])
+    return read
+
+
+def source_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of every file that training reads of a BEIR folder."""
+    names = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/dev.tsv")
+    return {name: artifact.sha256_of(path / name) for name in names if (path / name).is_file()}
+
+
+def prepare(
+    domains: list[Domain],
+    embedder: Embedder,
+    config: TrainConfig,
+    cache: Path,
+    others: Sequence[Float[np.ndarray, "_ D"]] = (),
+    *,
+    show_progress_bar: bool,
+) -> Prepared:
+    """Embeds everything with the base (cached under `cache`) and lays all documents into one pool.
+
+    `others` are further document vectors to be negatives: those of domains whose experts are trained already.
+    """
+    base = embedder.base_encoder
+    dev_judged = [sample(domain.splits["dev"], config.dev_queries) for domain in domains]
+    total = sum(
+        len(domain.corpus) + len(domain.splits["train"].queries) + len(dev.queries)
+        for domain, dev in zip(domains, dev_judged, strict=True)
+    )
+    with progress_bar("Embedding", total, shown=show_progress_bar, unit="texts") as advance:
+
+        def embed(texts: Sequence[str], side: str) -> np.ndarray:
+            prompted = [base.prompts[side] + text for text in texts]
+
+            def run(chunk: Sequence[str]) -> np.ndarray:
+                return embedder.base(chunk, advance=advance)
+
+            return cached_vectors(run, prompted, embedder.width, cache, base.fingerprint)
+
+        documents = [embed([document.contents for document in domain.corpus], "document") for domain in domains]
+        train = [embed([*domain.splits["train"].queries.values()], "query") for domain in domains]
+        dev = [embed([*judged.queries.values()], "query") for judged in dev_judged]
+
+    starts = np.cumsum([0, *(len(own) for own in documents)])
+    rows = [np.arange(start, start + len(own)) for start, own in zip(starts, documents, strict=False)]
+    sets, dev_sets, profiles = [], [], []
+    for number, domain in enumerate(domains):
+        split = domain.splits["train"]
+        place = {document.id: row for document, row in zip(domain.corpus, rows[number], strict=True)}
+        texts = [base.prompts["query"] + text for text in split.queries.values()]
+        positives = [
+            np.array([place[id] for id, score in split.qrels[query].items() if score > 0]) for query in split.queries
+        ]
+        sets.append(TrainingSet(domain.name, base.tokenizer(texts), train[number], positives, rows[number]))
+        dev_texts = [base.prompts["query"] + text for text in dev_judged[number].queries.values()]
+        ids = [document.id for document in domain.corpus]
+        dev_sets.append(DevSet(dev_judged[number], dev_texts, dev[number], rows[number], ids))
+        profiles.append(
+            Profile(_some(train[number], PROFILE_QUERIES), dev[number], _some(documents[number], PROFILE_DOCUMENTS))
+        )
+    return Prepared(domains, sets, dev_sets, profiles, np.concatenate([*documents, *others]))
+
+
+def _some(vectors: Float[np.ndarray, "_ D"], most: int) -> Float[np.ndarray, "_ D"]:
+    """At most `most` rows, always the same ones."""
+    if len(vectors) <= most:
+        return vectors
+    return vectors[np.sort(np.random.default_rng(0).choice(len(vectors), most, replace=False))]

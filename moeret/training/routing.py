@@ -1,0 +1,196 @@
+"""Fitting routers, and deciding on dev which one to use and how cautious it is.
+
+Candidates are the nearest centroids and a learned linear router, each calibrated on dev. What is compared is what users
+get: dev nDCG@10 of routed search over all domains' documents. Where documents live in their experts' own spaces that
+would mean encoding them all again, so there dev accuracy decides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from moeret import metrics
+from moeret.data.beir import Judged
+from moeret.models.embed import Embedder
+from moeret.models.router import Router, centroid_router
+
+MINIMA = (0.03, 0.1, 0.3)
+"""Least probabilities tried for an expert to be used."""
+THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Least best probabilities tried, below which the router abstains."""
+CAUTION = 0.001
+"""Dev nDCG@10 that may be given up for abstaining more often: dev has no queries of unknown domains, users do."""
+_STEPS, _L2 = 200, 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class DevSet:
+    """One domain's dev queries, for routed search over the pool of all documents."""
+
+    judged: Judged
+    texts: list[str]
+    vectors: Float[np.ndarray, "Q D"]
+    documents: Int[np.ndarray, "N"]  # the domain's rows of the pool
+    ids: list[str]  # their document ids
+
+
+def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
+    """Multinomial logistic regression on unit base embeddings; every expert weighs the same, however many queries it has.
+
+    L-BFGS on the whole set (optax), with a small L2 penalty.
+    """
+    features = jnp.asarray(np.concatenate(vectors))
+    labels = jnp.asarray(np.repeat(np.arange(len(vectors)), [len(own) for own in vectors]))
+    balance = jnp.asarray(np.concatenate([np.full(len(own), 1 / len(own) / len(vectors), np.float32) for own in vectors]))
+
+    def loss(params: dict[str, Array]) -> Float[Array, ""]:
+        scores = features @ params["weights"] + params["bias"]
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, labels)
+        return (losses * balance).sum() + _L2 * (params["weights"] ** 2).sum()
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry, _):
+        params, state = carry
+        value, gradient = value_and_grad(params, state=state)
+        updates, state = solver.update(gradient, state, params, value=value, grad=gradient, value_fn=loss)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = {
+        "weights": jnp.zeros((features.shape[1], len(vectors)), jnp.float32),
+        "bias": jnp.zeros(len(vectors), jnp.float32),
+    }
+    (params, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, solver.init(p)), length=_STEPS))(params)
+    return Router("learned", np.asarray(params["weights"]), np.asarray(params["bias"]))
+
+
+def calibrate(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
+    """Scales the router's scores so that its dev log-loss, every expert weighing the same, is smallest."""
+    scales = np.geomspace(0.1, 10.0, 81)
+    return router.scaled(float(min(scales, key=lambda scale: quality(router.scaled(scale), dev)["log_loss"])))
+
+
+def quality(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]]) -> dict[str, float]:
+    """Accuracy, log-loss and expected calibration error (15 bins) on dev, every expert weighing the same."""
+    rows = [router.probabilities(own) for own in dev]
+    labels = np.repeat(np.arange(len(dev)), [len(own) for own in dev])
+    share = np.concatenate([np.full(len(own), 1 / len(own) / len(dev)) for own in dev])
+    table = np.concatenate(rows)
+    best, right = table.max(axis=1), table.argmax(axis=1) == labels
+    bins = np.minimum((best * 15).astype(int), 14)
+    gaps = [abs(((right - best) * share)[bins == b].sum()) for b in range(15)]
+    own = np.maximum(table[np.arange(len(labels)), labels], 1e-12)
+    return {
+        "accuracy": float((right * share).sum()),
+        "log_loss": float(-(np.log(own) * share).sum()),
+        "calibration_error": float(sum(gaps)),
+    }
+
+
+def choose_query_router(
+    train: Sequence[Float[np.ndarray, "_ D"]],
+    dev: Sequence[Float[np.ndarray, "_ D"]],
+    search: "DevSearch | None" = None,
+) -> tuple[Router, dict[str, Any]]:
+    """The better of both routers on dev, and a report of how each did.
+
+    With `search` the nDCG@10 of routed search decides, and sets the router's rules; without it, accuracy does.
+    """
+    report: dict[str, Any] = {"decided_by": "dev nDCG@10 of routed search" if search else "dev accuracy"}
+    candidates: list[tuple[float, Router]] = []
+    for fitted in (centroid_router(train), fit_learned(train)):
+        router = calibrate(fitted, dev)
+        report[router.kind] = quality(router, dev)
+        if search:
+            score, router = search.tune(router)
+            report[router.kind]["nDCG@10"] = score
+        else:
+            score, router = report[router.kind]["accuracy"], _cautious_by_share(router, dev)
+        candidates.append((score, router))
+    best = max(candidates, key=lambda candidate: candidate[0])[1]
+    report["chosen"] = best.kind
+    return best, report
+
+
+def choose_document_router(train: Sequence[Float[np.ndarray, "_ D"]], dev: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
+    """The router that places documents: one expert each, the kind that is right more often on held-out documents."""
+    routers = [calibrate(fitted, dev) for fitted in (centroid_router(train), fit_learned(train))]
+    best = max(routers, key=lambda router: quality(router, dev)["accuracy"])
+    return replace(_cautious_by_share(best, dev), slots=1)
+
+
+def _cautious_by_share(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]], share: float = 0.01) -> Router:
+    """The highest threshold at which at most `share` of dev abstains."""
+    best = np.concatenate([router.probabilities(own).max(axis=1) for own in dev])
+    return replace(router, threshold=max(t for t in THRESHOLDS if (best < t).mean() <= share))
+
+
+@dataclass(frozen=True, slots=True)
+class DevSearch:
+    """Routed search of dev queries over all domains' documents, exactly; for models whose documents the base embeds."""
+
+    dev: Sequence[DevSet]
+    embedder: Embedder
+    pool: Float[np.ndarray, "N D"]
+
+    def tune(self, router: Router) -> tuple[float, Router]:
+        """The least probability and threshold with the best dev nDCG@10, as cautious as CAUTION allows."""
+        base = [dev_ndcg(own, own.vectors, self.pool) for own in self.dev]
+        results: list[tuple[float, Router]] = []
+        for minimum in MINIMA:
+            candidate = replace(router, minimum=minimum, threshold=0.0)
+            routed = [self._routed(candidate, own) for own in self.dev]
+            for threshold in THRESHOLDS:
+                scores = [
+                    np.where(best < threshold, plain, ndcg).mean()
+                    for (best, ndcg), plain in zip(routed, base, strict=True)
+                ]
+                results.append((float(np.mean(scores)), replace(candidate, threshold=threshold)))
+        top = max(score for score, _ in results)
+        return max((r for r in results if r[0] >= top - CAUTION), key=lambda r: (r[1].threshold, r[0]))
+
+    def _routed(self, router: Router, own: DevSet) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
+        """Of each dev query of a domain: its best probability, and nDCG@10 if it does not abstain."""
+        probabilities = router.probabilities(own.vectors)
+        experts, weights, _ = router.choose(probabilities)
+        vectors = self.embedder.mixed(own.texts, experts, weights)
+        owner = np.zeros(len(self.pool), np.int32)
+        for expert, other in enumerate(self.dev, start=1):
+            owner[other.documents] = expert
+        used = np.zeros((len(own.texts), len(self.dev) + 1), bool)
+        np.put_along_axis(used, experts, weights > 0, axis=1)
+        return probabilities.max(axis=1), dev_ndcg(own, vectors, self.pool, owner, used)
+
+
+def dev_ndcg(
+    dev: DevSet,
+    vectors: Float[np.ndarray, "Q D"],
+    pool: Float[np.ndarray, "N D"],
+    owner: Int[np.ndarray, "N"] | None = None,
+    used: np.ndarray | None = None,
+    at_once: int = 256,
+) -> Float[np.ndarray, "Q"]:
+    """nDCG@10 of exact search for each dev query; with `owner` and `used` only in the indexes of the used experts."""
+    run: dict[str, dict[str, float]] = {}
+    queries = list(dev.judged.queries)
+    first = int(dev.documents[0])
+    for start in range(0, len(queries), at_once):
+        scores = vectors[start : start + at_once] @ pool.T
+        if owner is not None:
+            scores[~used[start : start + at_once][:, owner]] = -2.0
+        top = np.argpartition(-scores, min(10, scores.shape[1] - 1), axis=1)[:, :10]
+        for row, query in enumerate(queries[start : start + at_once]):
+            run[query] = {
+                dev.ids[hit - first] if 0 <= hit - first < len(dev.ids) else f"\t{hit}": float(scores[row, hit])
+                for hit in top[row].tolist()
+            }
+    return np.array([*metrics.per_query(dev.judged.qrels, run, (metrics.NDCG,))[metrics.NDCG].values()])
+
+

@@ -1,0 +1,267 @@
+"""Making models: train experts and router from BEIR folders, add an expert to a model, remove one."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from moeret import artifact
+from moeret.artifact import Artifact, Draft
+from moeret.config import TrainConfig, differences, require, to_json
+from moeret.data.beir import check_name
+from moeret.errors import ConfigError
+from moeret.models import experts
+from moeret.models.embed import Embedder
+from moeret.models.model import KIND, WORK, Model, Profile, read_profile
+from moeret.models.pretrained import DEFAULT_BASE, base_files, find_base, load_base
+from moeret.models.router import Router
+from moeret.training.batches import Batches
+from moeret.training.loop import Fitted, fit
+from moeret.training.mesh import data_mesh
+from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
+from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
+from moeret.training.towers import BothTowers, QueryTower
+
+VECTORS = "vectors"
+"""Subfolder of a model's work folder with cached base vectors, which indexing reads too."""
+
+
+def train(
+    domains: dict[str, Path],
+    out: Path,
+    *,
+    base: str = DEFAULT_BASE,
+    config: TrainConfig | None = None,
+    show_progress_bar: bool = False,
+) -> Artifact:
+    """Trains one expert per domain (name -> BEIR folder) and a router, and publishes the model at `out`.
+
+    A run that was cut off goes on where it stopped when this is called again with the same arguments; a finished one is
+    returned as it is. Only the train and dev splits are ever read.
+
+    Raises:
+      DataError: a folder that cannot be trained from.
+      ConfigError: `out` holds a model or an unfinished run made with other arguments.
+      BaseEncoderError: the base cannot be found or loaded.
+      BusyError: another process is training there.
+    """
+    config = config or TrainConfig()
+    require(len(domains) > 0, "there is no domain to train on; give at least one NAME=BEIR_DIR")
+    read = read_domains(domains)
+    encoder = load_base(base, find_base(base))
+    _check_expert_config(config, encoder.config.layers)
+    request = {
+        **to_json(config),
+        "base": encoder.fingerprint,
+        **{f"domain {name}": source_digests(path) for name, path in domains.items()},
+    }
+    with artifact.writing(out):
+        if artifact.exists(out):
+            finished = artifact.read(out, KIND)
+            _require_same(finished.meta["request"], request, f"{out} is a finished model made with other arguments")
+            return finished
+        work = _open_work(out / WORK, request)
+        embedder = Embedder(encoder, {})
+        data = prepare(read, embedder, config, work / VECTORS, show_progress_bar=show_progress_bar)
+        trained = _learn(data, embedder, config, work, show_progress_bar=show_progress_bar)
+        query_router, report = choose_query_router(
+            [profile.train_queries for profile in data.profiles],
+            [profile.dev_queries for profile in data.profiles],
+            DevSearch(data.dev, embedder.with_bank(experts.with_base(trained.bank)), data.pool)
+            if config.tower == "query"
+            else None,
+        )
+        draft = Draft(out, KIND)
+        for name, path in base_files(encoder.folder).items():
+            draft.copy(f"base/{name}", path)
+        entries = _write_experts(draft, data, trained, config, domains)
+        meta = {
+            "base": {"name": base, "fingerprint": encoder.fingerprint},
+            "tower": config.tower,
+            "expert": to_json(config.expert),
+            "experts": entries,
+            "router": _write_routers(draft, query_router, _document_router(data.profiles), report),
+            "request": request,
+        }
+        return draft.publish(meta)
+
+
+def add_expert(
+    model: Path, name: str, domain: Path, *, config: TrainConfig | None = None, show_progress_bar: bool = False
+) -> Artifact:
+    """Trains one more expert for a published model and refits its router; no other expert's file changes.
+
+    The other domains take part through their profiles: their documents as negatives, their queries for the router.
+    `config`'s tower and expert shape are the model's. Continues a run that was cut off, as `train` does.
+
+    Raises:
+      ConfigError: the model has an expert of that name already, made from other data or settings.
+      DataError, BusyError: as for `train`.
+    """
+    check_name(name)
+    with artifact.writing(model):
+        published = artifact.read(model, KIND)
+        loaded = Model.load(model)
+        shape = {key: tuple(v) if isinstance(v, list) else v for key, v in published.meta["expert"].items()}
+        config = dataclasses.replace(
+            config or TrainConfig(),
+            tower=published.meta["tower"],
+            expert=type(TrainConfig().expert)(**shape),
+        )
+        read = read_domains({name: domain})
+        request = {**to_json(config), f"domain {name}": source_digests(domain)}
+        if name in loaded.experts:
+            entry = published.meta["experts"][loaded.experts.index(name)]
+            require(
+                entry["request"] == request,
+                f"{model} already has an expert {name}, made from other data or settings; remove it first",
+            )
+            return published
+        work = _open_work(model / WORK / f"add-{name}", request)
+        profiles = [read_profile(published, entry["profile"]) for entry in published.meta["experts"]]
+        embedder = Embedder(loaded.base, {})
+        data = prepare(
+            read,
+            embedder,
+            config,
+            model / WORK / VECTORS,
+            [profile.documents for profile in profiles],
+            show_progress_bar=show_progress_bar,
+        )
+        trained = _learn(data, embedder, config, work, show_progress_bar=show_progress_bar)
+        draft = Draft(model, KIND)
+        entries = [*published.meta["experts"], *_write_experts(draft, data, trained, config, {name: domain})]
+        return _publish_next(draft, published, entries, [*profiles, *data.profiles], loaded.query_router)
+
+
+def remove_expert(model: Path, name: str) -> Artifact:
+    """Takes an expert out of a published model and refits its router; no other expert's file changes.
+
+    Raises:
+      ConfigError: there is no such expert, or it is the last one.
+    """
+    with artifact.writing(model):
+        published = artifact.read(model, KIND)
+        entries = published.meta["experts"]
+        names = [entry["name"] for entry in entries]
+        require(name in names, f"there is no expert {name!r} in {model}; it has {', '.join(names)}")
+        require(len(names) > 1, f"{name} is the only expert of {model}; a model needs at least one")
+        kept = [entry for entry in entries if entry["name"] != name]
+        profiles = [read_profile(published, entry["profile"]) for entry in kept]
+        return _publish_next(Draft(model, KIND), published, kept, profiles, Model.load(model).query_router)
+
+
+def _publish_next(
+    draft: Draft, published: Artifact, entries: list[dict], profiles: Sequence[Profile], before: Router
+) -> Artifact:
+    """The next version of a model with these experts, and a router that keeps the rules of the one before."""
+    for name in published.files:
+        if name.startswith("base/") or name in {entry[key] for entry in entries for key in ("file", "profile")}:
+            draft.keep(published, name)
+    query_router, report = choose_query_router(
+        [profile.train_queries for profile in profiles], [profile.dev_queries for profile in profiles]
+    )
+    query_router = dataclasses.replace(query_router, minimum=before.minimum, threshold=before.threshold)
+    router = _write_routers(draft, query_router, _document_router(profiles), report)
+    return draft.publish({**published.meta, "experts": entries, "router": router})
+
+
+def _check_expert_config(config: TrainConfig, layers: int) -> None:
+    require(
+        config.expert.layers <= layers, f"the base has {layers} layers; experts cannot change {config.expert.layers} of them"
+    )
+
+
+def _open_work(work: Path, request: dict[str, Any]) -> Path:
+    """The folder of a run's checkpoints, which belongs to one request for good."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "request.json"
+    if file.is_file():
+        _require_same(json.loads(file.read_text()), request, f"{work} holds an unfinished run with other arguments")
+    else:
+        artifact.write_atomically(file, json.dumps(request, indent=1).encode())
+    return work
+
+
+def _require_same(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+    if old != new:
+        raise ConfigError(
+            f"{what} ({differences(old, new)}); repeat them, choose another directory, or delete this one to start over"
+        )
+
+
+def _learn(
+    data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool
+) -> Fitted:
+    base = embedder.base_encoder
+    # A key made from the name, so that an expert starts alike whoever trains beside it.
+    keys = [
+        jax.random.fold_in(jax.random.key(config.seed), int(artifact.fingerprint(own.name)[:7], 16)) for own in data.sets
+    ]
+    bank = experts.init_bank(base.config, config.expert, keys)
+    tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
+    batches = Batches(
+        base.graph,
+        experts.trunk_layers(bank, base.config),
+        base.params,
+        data.pool,
+        tower.document_ids,
+        data.sets,
+        config,
+        data_mesh(),
+    )
+    return fit(bank, batches, tower.evaluate, config, work, show_progress_bar=show_progress_bar)
+
+
+def _write_experts(
+    draft: Draft, data: Prepared, trained: Fitted, config: TrainConfig, domains: dict[str, Path]
+) -> list[dict[str, Any]]:
+    entries = []
+    for number, own in enumerate(data.domains):
+        deltas = experts.flatten(experts.take(trained.bank, number))
+        profile = {
+            field.name: np.ascontiguousarray(getattr(data.profiles[number], field.name))
+            for field in dataclasses.fields(Profile)
+        }
+        entries.append(
+            {
+                "name": own.name,
+                "file": draft.add(f"experts/{own.name}.safetensors", lambda path, t=deltas: save_file(t, path)),
+                "profile": draft.add(f"profiles/{own.name}.safetensors", lambda path, t=profile: save_file(t, path)),
+                "documents": len(own.corpus),
+                "train_queries": len(own.splits["train"].queries),
+                "base_dev_ndcg": round(float(trained.base_dev[number]), 5),
+                "dev_ndcg": round(float(trained.dev[number]), 5),
+                "step": int(trained.steps[number]),
+                "request": {**to_json(config), f"domain {own.name}": source_digests(domains[own.name])},
+            }
+        )
+    return entries
+
+
+def _document_router(profiles: Sequence[Profile]) -> Router:
+    """Fitted on nine documents in ten of each profile, chosen and calibrated on the tenth."""
+    held = [np.arange(len(profile.documents)) % 10 == 9 for profile in profiles]
+    held = [mask if mask.any() else ~mask for mask in held]
+    train = [p.documents[~mask] if (~mask).any() else p.documents for p, mask in zip(profiles, held, strict=True)]
+    return choose_document_router(train, [p.documents[mask] for p, mask in zip(profiles, held, strict=True)])
+
+
+def _write_routers(draft: Draft, query: Router, document: Router, report: dict[str, Any]) -> dict[str, Any]:
+    routers = {"query": query, "document": document}
+    tensors = {
+        f"{side}.{name}": np.ascontiguousarray(getattr(router, name))
+        for side, router in routers.items()
+        for name in ("weights", "bias")
+    }
+    rules = {
+        side: {name: getattr(router, name) for name in ("kind", "slots", "minimum", "threshold")}
+        for side, router in routers.items()
+    }
+    file = draft.add("router.safetensors", lambda path: save_file(tensors, path))
+    return {"file": file, **rules, "report": report}

@@ -1,0 +1,122 @@
+"""One training step as pure functions: gradients add up over micro-batches, then one update.
+
+Every row belongs to one expert and every expert's rows weigh 1 / batch_size, so the gradient of an expert, and with an
+elementwise optimizer its whole path, is the same whether it trains alone or beside others.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from moeret.config import TrainConfig
+from moeret.models.encoder import unit
+from moeret.models.experts import Bank, Mixture, gather
+from moeret.training.losses import decoupled_softmax, pooled_decoupled_softmax
+
+
+class TextBatch(NamedTuple):
+    """Padded token ids and their lengths."""
+
+    ids: Int[Array, "B L"]
+    lengths: Int[Array, "B"]
+
+
+class QueryBatch(NamedTuple):
+    """Rows for query-tower training; filler rows have weight 0."""
+
+    queries: TextBatch
+    experts: Int[Array, "B"]
+    weights: Float[Array, "B"]
+    positives: Int[Array, "B P"]  # rows of the document pool, -1 where there is none
+
+
+class PairBatch(NamedTuple):
+    """Rows for training both towers: documents of row b stand at b, then its hard negatives at B + b * H .. ."""
+
+    queries: TextBatch
+    documents: TextBatch
+    experts: Int[Array, "B"]
+    document_experts: Int[Array, "M"]
+    weights: Float[Array, "B"]
+    positives: Bool[Array, "B M"]  # which columns are relevant to which row
+
+
+class Frozen(NamedTuple):
+    """What a step reads and never changes."""
+
+    params: Any
+    documents: Float[Array, "N D"]  # unit base vectors of every document; unused when both towers train
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    bank: Bank  # experts 1..E, without the base
+    opt_state: optax.OptState
+
+
+class Totals(NamedTuple):
+    """What micro-batches of one step add up to."""
+
+    gradients: Bank
+    losses: Float[Array, "E"]
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with a linear warm-up and a cosine decay to zero; elementwise, so experts never mix."""
+    schedule = optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=max(1, round(config.warmup * config.steps)),
+        decay_steps=max(2, config.steps),
+    )
+    return optax.adamw(schedule, weight_decay=config.weight_decay)
+
+
+def zero_totals(bank: Bank) -> Totals:
+    """Nothing added up yet."""
+    experts = jax.tree.leaves(bank)[0].shape[0]
+    return Totals(jax.tree.map(jnp.zeros_like, bank), jnp.zeros(experts, jnp.float32))
+
+
+def _embed(graph, layers: int, params, bank: Bank, texts: TextBatch, experts: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """Unit embeddings; no gradient flows into the trunk, which no expert changes."""
+    encoder = nnx.merge(graph, params)
+    hidden = jax.lax.stop_gradient(encoder.trunk(texts.ids, texts.lengths, layers))
+    mixture = Mixture(experts[:, None], jnp.ones((len(experts), 1), jnp.float32))
+    return unit(encoder.branch(hidden, texts.lengths, layers, gather(bank, mixture)))
+
+
+@jax.jit(static_argnames=("graph", "layers", "temperature"), donate_argnames=("totals",))
+def add_batch(
+    graph, layers: int, temperature: float, frozen: Frozen, bank: Bank, totals: Totals, batch: QueryBatch | PairBatch
+) -> Totals:
+    """Adds a micro-batch's gradients and per-expert losses to the totals."""
+
+    def loss(bank: Bank) -> tuple[Float[Array, ""], Float[Array, "B"]]:
+        queries = _embed(graph, layers, frozen.params, bank, batch.queries, batch.experts)
+        if isinstance(batch, QueryBatch):
+            rows = pooled_decoupled_softmax(queries, frozen.documents, batch.positives, temperature)
+        else:
+            documents = _embed(graph, layers, frozen.params, bank, batch.documents, batch.document_experts)
+            rows = decoupled_softmax(queries @ documents.T / temperature, batch.positives)
+        return (rows * batch.weights).sum(), rows * batch.weights
+
+    gradients, rows = jax.grad(loss, has_aux=True)(bank)
+    return Totals(
+        jax.tree.map(jnp.add, totals.gradients, gradients), totals.losses.at[batch.experts].add(rows)
+    )
+
+
+@jax.jit(static_argnames=("optimizer",), donate_argnames=("state", "gradients"))
+def update(
+    optimizer: optax.GradientTransformation, state: TrainState, gradients: Bank, active: Bool[Array, "E"]
+) -> TrainState:
+    """One optimizer step; experts that have stopped keep their weights."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.bank)
+    updates = jax.tree.map(lambda leaf: jnp.where(active[:, None, None], leaf, 0.0), updates)
+    return TrainState(optax.apply_updates(state.bank, updates), opt_state)

@@ -1,0 +1,76 @@
+"""What differs between training the query tower alone and both towers: how experts are judged on dev."""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from moeret.models.embed import Embedder
+from moeret.models.experts import Bank, with_base
+from moeret.training.prepare import Prepared
+from moeret.training.routing import DevSet, dev_ndcg
+
+CANDIDATES = 10
+"""Both towers: dev searches among the relevant documents and this many of the base's best for each dev query."""
+
+
+class QueryTower:
+    """Documents stay where the base put them: dev is exact search over the pool of all domains."""
+
+    document_ids = None
+
+    def __init__(self, data: Prepared, embedder: Embedder):
+        self._data, self._embedder = data, embedder
+
+    def evaluate(self, bank: Bank, active: Bool[np.ndarray, "E"]) -> Float[np.ndarray, "E"]:
+        """Dev nDCG@10 of the active experts; 0 for the others."""
+        embedder = self._embedder.with_bank(with_base(bank))
+        scores = np.zeros(len(active), np.float32)
+        for number in np.flatnonzero(active):
+            own = self._data.dev[number]
+            vectors = embedder.mixed(own.texts, *_only(number, len(own.texts)))
+            scores[number] = dev_ndcg(own, vectors, self._data.pool).mean()
+        return scores
+
+
+class BothTowers:
+    """An expert encodes its documents too: dev is exact search among its domain's candidates, encoded anew at each look."""
+
+    def __init__(self, data: Prepared, embedder: Embedder):
+        self._embedder = embedder
+        base = embedder.base_encoder
+        texts = [
+            base.prompts["document"] + document.contents for domain in data.domains for document in domain.corpus
+        ]
+        self.document_ids = base.tokenizer(texts)
+        self._dev = []
+        for own in data.dev:
+            candidates = _candidates(own, data.pool)
+            first = int(own.documents[0])
+            ids = [own.ids[row - first] for row in candidates]
+            small = DevSet(own.judged, own.texts, own.vectors, np.arange(len(ids)), ids)
+            self._dev.append((small, [texts[row] for row in candidates]))
+
+    def evaluate(self, bank: Bank, active: Bool[np.ndarray, "E"]) -> Float[np.ndarray, "E"]:
+        """Dev nDCG@10 of the active experts among their candidates; 0 for the others."""
+        embedder = self._embedder.with_bank(with_base(bank))
+        scores = np.zeros(len(active), np.float32)
+        for number in np.flatnonzero(active):
+            own, texts = self._dev[number]
+            queries = embedder.mixed(own.texts, *_only(number, len(own.texts)))
+            documents = embedder.mixed(texts, *_only(number, len(texts)))
+            scores[number] = dev_ndcg(own, queries, documents).mean()
+        return scores
+
+
+def _only(number: int, count: int) -> tuple[Int[np.ndarray, "N 1"], Float[np.ndarray, "N 1"]]:
+    return np.full((count, 1), number + 1, np.int32), np.ones((count, 1), np.float32)
+
+
+def _candidates(dev: DevSet, pool: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "C"]:
+    """Rows of the pool: every relevant document of the dev queries, and the base's best of the domain for each."""
+    first, own = int(dev.documents[0]), pool[dev.documents]
+    place = {id: row for row, id in enumerate(dev.ids)}
+    rows = {place[id] for documents in dev.judged.qrels.values() for id in documents}
+    depth = min(CANDIDATES, len(own))
+    for vector in dev.vectors:
+        rows.update(np.argpartition(-(own @ vector), depth - 1)[:depth].tolist())
+    return first + np.array(sorted(rows))

@@ -1,0 +1,50 @@
+"""The value types at moeret's border, and its letters.
+
+Axis letters, the same everywhere: B batch rows, L tokens, D embedding width, E experts, H heads, K hits, M corpus-side
+columns of a batch, N documents, P positives of a query, Q queries, R rank, S slots (experts that one row mixes).
+Expert 0 is always the base itself: it has no delta, and abstaining is routing to it.
+"""
+
+from dataclasses import dataclass
+
+BASE_EXPERT = "base"
+"""The name of expert 0 in routes, hits and on the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a corpus; `id` is unique within its expert's index."""
+
+    id: str
+    text: str
+    title: str = ""
+
+    @property
+    def contents(self) -> str:
+        """The text that is embedded: the title, a space, the text (BEIR's convention)."""
+        return f"{self.title} {self.text}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One ranked document: `rank` counts from 1, `expert` is the one whose index held it."""
+
+    id: str
+    score: float
+    rank: int
+    expert: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What the router made of one query.
+
+    `probabilities` maps every expert's name to its probability (they sum to 1); `experts` are the chosen ones with the
+    weights of their deltas, best first, and empty if the router `abstained` to the base.
+    """
+
+    probabilities: dict[str, float]
+    experts: dict[str, float]
+    abstained: bool
