@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-TOKENS_PER_BATCH = 1024
+TOKENS_PER_BATCH = 512
 """Padded tokens in a batch: small enough for its temporaries to stay in a CPU's cache."""
 
 _LADDER = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from moeret.data.buckets import TOKENS_PER_BATCH, bucket_edges, full_size
 
@@ -19,9 +19,9 @@ TRAINING_BUCKETS = 6
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of one step with one shape: queries as (expert, query) positions, [size, edge] once padded."""
+    """Rows of one expert in one step, with one shape: [size, edge] once padded; size >= len(queries)."""
 
-    experts: Int[np.ndarray, "B"]
+    expert: int
     queries: Int[np.ndarray, "B"]
     edge: int
     size: int
@@ -64,22 +64,18 @@ class BatchPlan:
         key = hashlib.sha256(f"{self.seed}/{self.names[expert]}/{epoch}".encode()).digest()
         return np.random.default_rng(int.from_bytes(key[:8])).permutation(count)
 
-    def step(self, step: int, active: Bool[np.ndarray, "E"]) -> Iterator[MicroBatch]:
-        """The step's rows of the active experts, in micro-batches of one shape per bucket.
+    def step(self, step: int, expert: int) -> Iterator[MicroBatch]:
+        """The expert's rows of this step, in micro-batches of one shape per bucket.
 
         Rows that do not fill a bucket's batch move up to the next longer one, so only the last may be short.
         """
-        chosen = [(expert, self.queries(expert, step)) for expert in np.flatnonzero(active)]
-        experts = np.concatenate([np.full(len(queries), expert) for expert, queries in chosen])
-        queries = np.concatenate([queries for _, queries in chosen])
-        lengths = np.array([self.lengths[e][q] for e, q in zip(experts, queries, strict=True)])
-        which = np.searchsorted(self.edges, lengths)
+        queries = self.queries(expert, step)
+        which = np.searchsorted(self.edges, self.lengths[expert][queries])
         last, waiting = which.max(), np.zeros(0, np.int64)
         for bucket in range(last + 1):
-            waiting = np.concatenate([waiting, np.flatnonzero(which == bucket)])
+            waiting = np.concatenate([waiting, queries[which == bucket]])
             size = full_size(self.edges[bucket], self.tokens)
             end = len(waiting) if bucket == last else len(waiting) // size * size
             for start in range(0, end, size):
-                rows = waiting[start : start + size]
-                yield MicroBatch(experts[rows], queries[rows], self.edges[bucket], size)
+                yield MicroBatch(expert, waiting[start : min(start + size, end)], self.edges[bucket], size)
             waiting = waiting[end:]

@@ -4,9 +4,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moeret.config import TrainConfig
 from moeret.data.buckets import TOKENS_PER_BATCH, Batch, bucket_edges, pad
@@ -58,24 +59,27 @@ class Batches:
             self._document_edges = bucket_edges(np.array([len(ids) for ids in document_ids]), TRAINING_BUCKETS)
             self._mined = [self._mine(pool, own) for own in sets]
 
-    def step(self, step: int, active: Bool[np.ndarray, "E"]) -> Iterator[QueryBatch | PairBatch]:
-        """The step's batches of the active experts; a pure function of its arguments."""
-        if self._document_ids is None:
-            for micro in self._plan.step(step, active):
-                yield shard_rows(self.mesh, self._query_batch(micro))
-        else:
-            for expert in np.flatnonzero(active):
-                yield shard_rows(self.mesh, self._pair_batch(int(expert), step))
+    def step(
+        self, step: int, active: Bool[np.ndarray, "E"]
+    ) -> Iterator[tuple[Int[Array, ""], QueryBatch | PairBatch]]:
+        """The step's (expert, batch) pairs of the active experts; a pure function of its arguments."""
+        for expert in np.flatnonzero(active).tolist():
+            if self._document_ids is None:
+                batches = (self._query_batch(micro) for micro in self._plan.step(step, expert))
+            else:
+                batches = iter([self._pair_batch(expert, step)])
+            for batch in batches:
+                yield replicate(self.mesh, jnp.int32(expert)), shard_rows(self.mesh, batch)
 
     def _query_batch(self, micro: MicroBatch) -> QueryBatch:
-        rows = [self._sets[e].queries[q] for e, q in zip(micro.experts, micro.queries, strict=True)]
+        rows = [self._sets[micro.expert].queries[q] for q in micro.queries]
         spare = micro.size - len(rows)
-        positives = np.stack([self._positives[e][q] for e, q in zip(micro.experts, micro.queries, strict=True)])
         return QueryBatch(
             queries=TextBatch(*pad(rows, Batch(np.arange(len(rows)), micro.edge, micro.size))),
-            experts=np.pad(micro.experts, (0, spare)).astype(np.int32),
             weights=np.pad(np.full(len(rows), 1 / self._config.batch_size, np.float32), (0, spare)),
-            positives=np.pad(positives, ((0, spare), (0, 0)), constant_values=-1),
+            positives=np.pad(
+                self._positives[micro.expert][micro.queries], ((0, spare), (0, 0)), constant_values=-1
+            ),
         )
 
     def _pair_batch(self, expert: int, step: int) -> PairBatch:
@@ -91,8 +95,6 @@ class Batches:
         return PairBatch(
             queries=_text_batch([own.queries[q] for q in queries], self._plan.edges),
             documents=_text_batch([self._document_ids[row] for row in columns], self._document_edges),
-            experts=np.full(len(queries), expert, np.int32),
-            document_experts=np.full(len(columns), expert, np.int32),
             weights=np.full(len(queries), 1 / self._config.batch_size, np.float32),
             positives=np.array([[int(row) in positives for row in columns] for positives in relevant]),
         )

@@ -128,8 +128,8 @@ def fit(
                 while step < config.steps and progress.active.any():
                     started, active = time.monotonic(), progress.active.copy()
                     totals = replicate(batches.mesh, zero_totals(state.bank))
-                    for batch in batches.step(step, active):
-                        totals = add_batch(*batches.static, batches.frozen, state.bank, totals, batch)
+                    for expert, batch in batches.step(step, active):
+                        totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
                     state = update(optimizer, state, totals.gradients, jnp.asarray(active))
                     losses = np.asarray(totals.losses)
                     step += 1

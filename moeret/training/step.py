@@ -1,6 +1,6 @@
 """One training step as pure functions: gradients add up over micro-batches, then one update.
 
-Every row belongs to one expert and every expert's rows weigh 1 / batch_size, so the gradient of an expert, and with an
+A micro-batch is of one expert, and every expert's rows weigh 1 / batch_size, so the gradient of an expert, and with an
 elementwise optimizer its whole path, is the same whether it trains alone or beside others.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moeret.config import TrainConfig
 from moeret.models.encoder import unit
-from moeret.models.experts import Bank, Mixture, gather
+from moeret.models.experts import Bank
 from moeret.training.losses import decoupled_softmax, pooled_decoupled_softmax
 
 
@@ -29,7 +29,6 @@ class QueryBatch(NamedTuple):
     """Rows for query-tower training; filler rows have weight 0."""
 
     queries: TextBatch
-    experts: Int[Array, "B"]
     weights: Float[Array, "B"]
     positives: Int[Array, "B P"]  # rows of the document pool, -1 where there is none
 
@@ -39,8 +38,6 @@ class PairBatch(NamedTuple):
 
     queries: TextBatch
     documents: TextBatch
-    experts: Int[Array, "B"]
-    document_experts: Int[Array, "M"]
     weights: Float[Array, "B"]
     positives: Bool[Array, "B M"]  # which columns are relevant to which row
 
@@ -83,32 +80,39 @@ def zero_totals(bank: Bank) -> Totals:
     return Totals(jax.tree.map(jnp.zeros_like, bank), jnp.zeros(experts, jnp.float32))
 
 
-def _embed(graph, layers: int, params, bank: Bank, texts: TextBatch, experts: Int[Array, "B"]) -> Float[Array, "B D"]:
-    """Unit embeddings; no gradient flows into the trunk, which no expert changes."""
+def _embed(graph, layers: int, params, expert: Bank, texts: TextBatch) -> Float[Array, "B D"]:
+    """Unit embeddings by one expert; no gradient flows into the trunk, which no expert changes."""
     encoder = nnx.merge(graph, params)
     hidden = jax.lax.stop_gradient(encoder.trunk(texts.ids, texts.lengths, layers))
-    mixture = Mixture(experts[:, None], jnp.ones((len(experts), 1), jnp.float32))
-    return unit(encoder.branch(hidden, texts.lengths, layers, gather(bank, mixture)))
+    return unit(encoder.branch(hidden, texts.lengths, layers, expert))
 
 
 @jax.jit(static_argnames=("graph", "layers", "temperature"), donate_argnames=("totals",))
 def add_batch(
-    graph, layers: int, temperature: float, frozen: Frozen, bank: Bank, totals: Totals, batch: QueryBatch | PairBatch
+    graph,
+    layers: int,
+    temperature: float,
+    frozen: Frozen,
+    bank: Bank,
+    totals: Totals,
+    expert: Int[Array, ""],
+    batch: QueryBatch | PairBatch,
 ) -> Totals:
-    """Adds a micro-batch's gradients and per-expert losses to the totals."""
+    """Adds a micro-batch's gradients and loss, all of one expert, to the totals."""
 
-    def loss(bank: Bank) -> tuple[Float[Array, ""], Float[Array, "B"]]:
-        queries = _embed(graph, layers, frozen.params, bank, batch.queries, batch.experts)
+    def loss(own: Bank) -> Float[Array, ""]:
+        queries = _embed(graph, layers, frozen.params, own, batch.queries)
         if isinstance(batch, QueryBatch):
             rows = pooled_decoupled_softmax(queries, frozen.documents, batch.positives, temperature)
         else:
-            documents = _embed(graph, layers, frozen.params, bank, batch.documents, batch.document_experts)
+            documents = _embed(graph, layers, frozen.params, own, batch.documents)
             rows = decoupled_softmax(queries @ documents.T / temperature, batch.positives)
-        return (rows * batch.weights).sum(), rows * batch.weights
+        return (rows * batch.weights).sum()
 
-    gradients, rows = jax.grad(loss, has_aux=True)(bank)
+    value, gradients = jax.value_and_grad(loss)(jax.tree.map(lambda leaf: leaf[expert], bank))
     return Totals(
-        jax.tree.map(jnp.add, totals.gradients, gradients), totals.losses.at[batch.experts].add(rows)
+        jax.tree.map(lambda total, own: total.at[expert].add(own), totals.gradients, gradients),
+        totals.losses.at[expert].add(value),
     )
 
 
