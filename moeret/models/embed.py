@@ -133,27 +133,32 @@ def _unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def cached_vectors(
-    embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str], width: int, folder: Path, key: str
+    embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str], width: int, folders: Sequence[Path], key: str
 ) -> Float[np.ndarray, "N D"]:
-    """`embed(texts)` in chunks kept under `folder`, so that a killed job loses one chunk and a second job none.
+    """`embed(texts)` in chunks kept on disk, so that a killed job loses one chunk and a second job none.
 
-    A chunk is found by a hash of `key` (which names the encoder) and its texts, and checked by its own digest.
+    A chunk is found in any of `folders` by a hash of `key` (which names the encoder) and its texts, checked by its own
+    digest, and written to the first of them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folders[0].mkdir(parents=True, exist_ok=True)
     out = np.empty((len(texts), width), np.float32)
     for start in range(0, len(texts), _CHUNK):
         chunk = texts[start : start + _CHUNK]
-        out[start : start + len(chunk)] = _cached_chunk(embed, chunk, width, folder, key)
+        name = f"{artifact.fingerprint([key, list(chunk)])}.vectors"
+        vectors = next((v for folder in folders if (v := _read_chunk(folder / name, len(chunk), width)) is not None), None)
+        if vectors is None:
+            vectors = np.ascontiguousarray(embed(chunk), np.float32)
+            raw = vectors.tobytes()
+            artifact.write_atomically(folders[0] / name, hashlib.sha256(raw).digest() + raw)
+        out[start : start + len(chunk)] = vectors
     return out
 
 
-def _cached_chunk(embed: Callable, chunk: Sequence[str], width: int, folder: Path, key: str) -> np.ndarray:
-    path = folder / f"{artifact.fingerprint([key, list(chunk)])}.vectors"
-    if path.is_file():
-        raw = path.read_bytes()
-        if hashlib.sha256(raw[32:]).digest() == raw[:32] and len(raw) == 32 + 4 * len(chunk) * width:
-            return np.frombuffer(raw[32:], np.float32).reshape(len(chunk), width)
-    vectors = np.ascontiguousarray(embed(chunk), np.float32)
-    raw = vectors.tobytes()
-    artifact.write_atomically(path, hashlib.sha256(raw).digest() + raw)
-    return vectors
+def _read_chunk(path: Path, rows: int, width: int) -> Float[np.ndarray, "N D"] | None:
+    """A kept chunk, or None where there is none that is whole."""
+    if not path.is_file():
+        return None
+    raw = path.read_bytes()
+    if len(raw) != 32 + 4 * rows * width or hashlib.sha256(raw[32:]).digest() != raw[:32]:
+        return None
+    return np.frombuffer(raw, np.float32, offset=32).reshape(rows, width)

@@ -25,6 +25,9 @@ KIND = "model"
 WORK = "training"
 """Subfolder of a model directory where training keeps checkpoints, metrics and cached vectors."""
 
+VECTORS = "vectors"
+"""Subfolder of a work folder with cached vectors, which indexing reads where training left them."""
+
 Expert = str | Mapping[str, float] | Sequence[str] | None
 """One expert's name, several names with weights, a name for each text, or None for the base."""
 
@@ -151,11 +154,11 @@ class Model:
         check_texts(queries)
         router = self._router()
         probabilities = router.probabilities(self.embedder.base(self.with_prompt(queries, "query")))
-        return self.routes(probabilities)
+        return self.routes(probabilities, router)
 
-    def routes(self, probabilities: Float[np.ndarray, "Q E"]) -> list[Route]:
-        """The routes that these probabilities lead to."""
-        numbers, weights, abstained = self._router().choose(probabilities)
+    def routes(self, probabilities: Float[np.ndarray, "Q E"], router: Router) -> list[Route]:
+        """The routes that a router of this model makes of probabilities."""
+        numbers, weights, abstained = router.choose(probabilities)
         return [
             Route(
                 probabilities=dict(zip(self.experts, map(float, row), strict=True)),

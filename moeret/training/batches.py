@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from moeret.config import TrainConfig
+from moeret.config import TrainConfig, require
 from moeret.data.buckets import TOKENS_PER_BATCH, Batch, bucket_edges, pad
 from moeret.data.negatives import mine_hard_negatives
 from moeret.data.plan import TRAINING_BUCKETS, BatchPlan, MicroBatch
@@ -25,7 +25,7 @@ class TrainingSet:
 
     name: str
     queries: Ids
-    query_vectors: Float[np.ndarray, "Q D"]
+    query_vectors: Float[np.ndarray, "Q D"]  # unit base vectors; with a query tower of a sample only, mining needs all
     positives: list[Int[np.ndarray, "P"]]
     documents: Int[np.ndarray, "N"]  # the domain's rows of the pool
 
@@ -44,6 +44,10 @@ class Batches:
         config: TrainConfig,
         mesh: Mesh,
     ):
+        require(
+            document_ids is None or config.batch_size % mesh.size == 0,
+            f"batch_size {config.batch_size} cannot be split over {mesh.size} devices; choose a multiple",
+        )
         self.names = tuple(own.name for own in sets)
         self.mesh, self.static = mesh, (graph, layers, config.temperature)
         self.frozen = replicate(mesh, Frozen(params, pool))

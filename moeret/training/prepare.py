@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from moeret import artifact
 from moeret.config import TrainConfig
@@ -61,10 +61,12 @@ def prepare(
     """
     base = embedder.base_encoder
     dev_judged = [sample(domain.splits["dev"], config.dev_queries) for domain in domains]
-    total = sum(
-        len(domain.corpus) + len(domain.splits["train"].queries) + len(dev.queries)
-        for domain, dev in zip(domains, dev_judged, strict=True)
-    )
+    train_texts = [[*domain.splits["train"].queries.values()] for domain in domains]
+    sampled = [_some(len(texts), PROFILE_QUERIES) for texts in train_texts]
+    if config.tower == "both":  # mining needs them all
+        sampled = [np.arange(len(texts)) for texts in train_texts]
+    total = sum(len(domain.corpus) + len(dev.queries) for domain, dev in zip(domains, dev_judged, strict=True))
+    total += sum(map(len, sampled))
     with progress_bar("Embedding", total, shown=show_progress_bar, unit="texts") as advance:
 
         def embed(texts: Sequence[str], side: str) -> np.ndarray:
@@ -73,10 +75,12 @@ def prepare(
             def run(chunk: Sequence[str]) -> np.ndarray:
                 return embedder.base(chunk, advance=advance)
 
-            return cached_vectors(run, prompted, embedder.width, cache, base.fingerprint)
+            return cached_vectors(run, prompted, embedder.width, [cache], base.fingerprint)
 
         documents = [embed([document.contents for document in domain.corpus], "document") for domain in domains]
-        train = [embed([*domain.splits["train"].queries.values()], "query") for domain in domains]
+        train = [
+            embed([texts[row] for row in rows], "query") for texts, rows in zip(train_texts, sampled, strict=True)
+        ]
         dev = [embed([*judged.queries.values()], "query") for judged in dev_judged]
 
     starts = np.cumsum([0, *(len(own) for own in documents)])
@@ -85,7 +89,7 @@ def prepare(
     for number, domain in enumerate(domains):
         split = domain.splits["train"]
         place = {document.id: row for document, row in zip(domain.corpus, rows[number], strict=True)}
-        texts = [base.prompts["query"] + text for text in split.queries.values()]
+        texts = [base.prompts["query"] + text for text in train_texts[number]]
         positives = [
             np.array([place[id] for id, score in split.qrels[query].items() if score > 0]) for query in split.queries
         ]
@@ -93,14 +97,13 @@ def prepare(
         dev_texts = [base.prompts["query"] + text for text in dev_judged[number].queries.values()]
         ids = [document.id for document in domain.corpus]
         dev_sets.append(DevSet(dev_judged[number], dev_texts, dev[number], rows[number], ids))
-        profiles.append(
-            Profile(_some(train[number], PROFILE_QUERIES), dev[number], _some(documents[number], PROFILE_DOCUMENTS))
-        )
+        kept = documents[number][_some(len(documents[number]), PROFILE_DOCUMENTS)]
+        profiles.append(Profile(train[number][_some(len(train[number]), PROFILE_QUERIES)], dev[number], kept))
     return Prepared(domains, sets, dev_sets, profiles, np.concatenate([*documents, *others]))
 
 
-def _some(vectors: Float[np.ndarray, "_ D"], most: int) -> Float[np.ndarray, "_ D"]:
-    """At most `most` rows, always the same ones."""
-    if len(vectors) <= most:
-        return vectors
-    return vectors[np.sort(np.random.default_rng(0).choice(len(vectors), most, replace=False))]
+def _some(count: int, most: int) -> Int[np.ndarray, "_"]:
+    """At most `most` of `count` rows, always the same ones."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))

@@ -50,7 +50,7 @@ def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
     balance = jnp.asarray(np.concatenate([np.full(len(own), 1 / len(own) / len(vectors), np.float32) for own in vectors]))
 
     def loss(params: dict[str, Array]) -> Float[Array, ""]:
-        scores = features @ params["weights"] + params["bias"]
+        scores = features @ params["weights"] + params["bias"][None]
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, labels)
         return (losses * balance).sum() + _L2 * (params["weights"] ** 2).sum()
 
@@ -67,7 +67,8 @@ def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
         "weights": jnp.zeros((features.shape[1], len(vectors)), jnp.float32),
         "bias": jnp.zeros(len(vectors), jnp.float32),
     }
-    (params, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, solver.init(p)), length=_STEPS))(params)
+    with jax.numpy_dtype_promotion("standard"):  # optax's line search mixes integers and floats
+        (params, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, solver.init(p)), length=_STEPS))(params)
     return Router("learned", np.asarray(params["weights"]), np.asarray(params["bias"]))
 
 

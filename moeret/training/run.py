@@ -17,7 +17,7 @@ from moeret.data.beir import check_name
 from moeret.errors import ConfigError
 from moeret.models import experts
 from moeret.models.embed import Embedder
-from moeret.models.model import KIND, WORK, Model, Profile, read_profile
+from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile
 from moeret.models.pretrained import DEFAULT_BASE, base_files, find_base, load_base
 from moeret.models.router import Router
 from moeret.training.batches import Batches
@@ -26,10 +26,6 @@ from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
 from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
 from moeret.training.towers import BothTowers, QueryTower
-
-VECTORS = "vectors"
-"""Subfolder of a model's work folder with cached base vectors, which indexing reads too."""
-
 
 def train(
     domains: dict[str, Path],

@@ -116,11 +116,12 @@ def add_batch(
     )
 
 
-@jax.jit(static_argnames=("optimizer",), donate_argnames=("state", "gradients"))
+@jax.jit(static_argnames=("optimizer",), donate_argnames=("state",))
 def update(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Bank, active: Bool[Array, "E"]
 ) -> TrainState:
     """One optimizer step; experts that have stopped keep their weights."""
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.bank)
+    with jax.numpy_dtype_promotion("standard"):  # optax's bias correction raises a float to an integer count
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.bank)
     updates = jax.tree.map(lambda leaf: jnp.where(active[:, None, None], leaf, 0.0), updates)
     return TrainState(optax.apply_updates(state.bank, updates), opt_state)

@@ -1,0 +1,1 @@
+"""Experiments: one runnable file each, with command, expected time and expected result in its docstring."""

@@ -1,0 +1,63 @@
+"""moeret: mixture-of-experts routed retrieval.
+
+Domain experts on one frozen encoder, a router that picks them by the query, an HNSW index per expert, one ranked list.
+Names are loaded when first used, so that searching does not import training code.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "ArtifactError": "errors",
+    "BaseEncoderError": "errors",
+    "BusyError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Document": "types",
+    "ExpertConfig": "config",
+    "Hit": "types",
+    "IndexConfig": "config",
+    "Model": "models.model",
+    "MoeretError": "errors",
+    "Retriever": "retrieval.search",
+    "Route": "types",
+    "TrainConfig": "config",
+    "add_expert": "training.run",
+    "build_index": "retrieval.build",
+    "evaluate": "evaluation.benchmark",
+    "remove_expert": "training.run",
+    "train": "training.run",
+}
+__all__ = [
+    "ArtifactError",
+    "BaseEncoderError",
+    "BusyError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Document",
+    "ExpertConfig",
+    "Hit",
+    "IndexConfig",
+    "Model",
+    "MoeretError",
+    "Retriever",
+    "Route",
+    "TrainConfig",
+    "add_expert",
+    "build_index",
+    "evaluate",
+    "remove_expert",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moeret' has no attribute {name!r}")
+    return getattr(import_module(f"moeret.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

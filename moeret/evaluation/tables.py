@@ -1,0 +1,42 @@
+"""Reports as tables for people."""
+
+from typing import Any
+
+from rich.table import Table
+
+from moeret.metrics import NDCG, RECALL
+
+
+def report_tables(report: dict[str, Any]) -> list[Table]:
+    """What `evaluate` returned, as tables: quality by domain, then routing and cost."""
+    systems = report.get("systems") or {
+        report["route"]: {"label": f"route {report['route']}", "domains": report["domains"], "mean": report["mean"]}
+    }
+    tables = []
+    for measure in (NDCG, RECALL):
+        table = Table(title=f"{measure} on {report['split']}, all domains in one pool")
+        table.add_column("domain")
+        for system in systems.values():
+            table.add_column(system["label"], justify="right")
+        table.add_column("queries", justify="right")
+        for name, row in report["domains"].items():
+            values = [f"{system['domains'][name][measure]:.3f}" for system in systems.values()]
+            table.add_row(name, *values, str(row["queries"]))
+        table.add_section()
+        table.add_row("mean", *(f"{system['mean'][measure]:.3f}" for system in systems.values()), "", style="bold")
+        tables.append(table)
+    return [*tables, _routing_table(report)]
+
+
+def _routing_table(report: dict[str, Any]) -> Table:
+    router, cost = report["router"], report["cost"]
+    table = Table(title="Routing", show_header=False)
+    if router["accuracy"] is not None:
+        table.add_row("most probable expert is the domain's", f"{router['accuracy']:.1%}")
+    table.add_row("abstained to the base", f"{router['abstained']:.1%}")
+    table.add_row("indexes searched per query", f"{cost['indexes']:.2f} of {cost['indexes_total']}")
+    table.add_row("share of documents in them", f"{cost['documents_share']:.1%}")
+    if "regret" in report:
+        regret = report["regret"]
+        table.add_row("nDCG@10 lost to the known-domain oracle", f"{sum(regret.values()) / len(regret):.4f}")
+    return table

@@ -1,0 +1,186 @@
+"""The indexing job: corpora and a model in, a published index out."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import save_file
+
+from moeret import artifact
+from moeret.artifact import Artifact, Draft
+from moeret.config import IndexConfig, differences, require, to_json
+from moeret.data.beir import read_corpus
+from moeret.errors import ArtifactError, ConfigError, DataError
+from moeret.models.embed import cached_vectors
+from moeret.models.model import KIND as MODEL_KIND
+from moeret.models.model import VECTORS, WORK, Model
+from moeret.progress import progress_bar
+from moeret.retrieval.documents import write_documents
+from moeret.retrieval.hnsw import build_segment, write_segment
+from moeret.types import BASE_EXPERT, Document
+
+KIND = "index"
+
+
+def build_index(
+    model: Path,
+    out: Path,
+    domains: dict[str, Path],
+    corpora: Sequence[Path] = (),
+    *,
+    config: IndexConfig | None = None,
+    overwrite: bool = False,
+    show_progress_bar: bool = False,
+) -> Artifact:
+    """Indexes every domain's documents for its expert, and the documents of `corpora` (JSONL) where the router puts them.
+
+    A job that was cut off keeps its vectors and goes on when this is called again with the same arguments; a finished
+    index is returned as it is. Documents that the router is unsure about go to the base's own index.
+
+    Raises:
+      DataError: a corpus that cannot be used, or one id twice in one expert's index.
+      ConfigError: a domain without an expert; or `out` is an index made from other things and `overwrite` is not set.
+      ArtifactError, BusyError: the model is damaged, or another process is building there.
+    """
+    config = config or IndexConfig()
+    require(bool(domains or corpora), "there is nothing to index; give --domain NAME=BEIR_DIR or --corpus FILE.jsonl")
+    published = artifact.read(model, MODEL_KIND)
+    loaded = Model.load(model)
+    if unknown := [name for name in domains if name not in loaded.experts]:
+        raise ConfigError(
+            f"{model} has no expert {unknown[0]} (it has {', '.join(loaded.experts)}); add it with `moeret experts add`, "
+            "or give its documents as --corpus and let the router place them"
+        )
+    read = {name: read_corpus(path / "corpus.jsonl") for name, path in domains.items()}
+    loose = [(path, document) for path in corpora for document in read_corpus(path)]
+    request = {
+        **to_json(config),
+        "model": published.fingerprint,
+        **{f"domain {name}": artifact.sha256_of(path / "corpus.jsonl") for name, path in domains.items()},
+        "corpora": [artifact.sha256_of(path) for path in corpora],
+    }
+    with artifact.writing(out):
+        if artifact.exists(out) and (finished := _finished(out, request, overwrite)):
+            return finished
+        draft = Draft(out, KIND)
+        total = sum(map(len, read.values())) + len(loose)
+        with progress_bar("Embedding", total, shown=show_progress_bar, unit="documents") as advance:
+            vectors = _Vectors(loaded, published, out / WORK, advance)
+            placed = {name: (documents, vectors.of(documents, name)) for name, documents in read.items()}
+            placed = _place(loaded, placed, loose, vectors)
+        meta = _write(draft, loaded, published, placed, config, show_progress_bar)
+        finished = draft.publish({**meta, "config": to_json(config), "request": request})
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        return finished
+
+
+Placed = dict[str, tuple[list[Document], Float[np.ndarray, "N D"]]]
+"""Expert -> its documents and their vectors."""
+
+
+class _Vectors:
+    """Document vectors, kept in chunks under `work` until the index is published; training's are used where they fit."""
+
+    def __init__(self, model: Model, published: Artifact, work: Path, advance):
+        self._model, self._published, self._advance = model, published, advance
+        trained = published.root / WORK / VECTORS
+        self._folders = [work / VECTORS, *([trained] if os.access(trained, os.R_OK) else [])]
+
+    def of(self, documents: list[Document], expert: str) -> Float[np.ndarray, "N D"]:
+        """Unit vectors of documents in the expert's index."""
+        model = self._model
+        texts = model.with_prompt([document.contents for document in documents], "document")
+        number = 0 if model.tower == "query" else model.number(expert)
+
+        def embed(chunk: Sequence[str]) -> np.ndarray:
+            if number == 0:
+                return model.embedder.base(chunk, advance=self._advance)
+            experts = np.full((len(chunk), 1), number, np.int32)
+            return model.embedder.mixed(chunk, experts, np.ones((len(chunk), 1), np.float32), advance=self._advance)
+
+        key = model.base.fingerprint if number == 0 else f"{self._published.fingerprint}/{expert}"
+        return cached_vectors(embed, texts, model.embedder.width, self._folders, key)
+
+
+def _finished(out: Path, request: dict[str, Any], overwrite: bool) -> Artifact | None:
+    """The index at `out` if it is just what is asked for; None if it may be replaced."""
+    try:
+        finished = artifact.read(out, KIND)
+    except ArtifactError:
+        if overwrite:
+            return None
+        raise
+    if finished.meta["request"] == request:
+        return finished
+    require(
+        overwrite,
+        f"{out} is an index made from other things ({differences(finished.meta['request'], request)}); "
+        "choose another directory, or replace it with --overwrite",
+    )
+    return None
+
+
+def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vectors: _Vectors) -> Placed:
+    """Adds the documents without a domain to the experts that the router gives them to, the unsure ones to the base."""
+    by_expert: dict[str, list[Document]] = {}
+    base = vectors.of([document for _, document in loose], BASE_EXPERT)
+    numbers, weights, _ = model.document_router.choose(model.document_router.probabilities(base)) if loose else ([], [], [])
+    names = (BASE_EXPERT, *model.experts)
+    chosen = [names[number] if weight > 0 else BASE_EXPERT for (number,), (weight,) in zip(numbers, weights, strict=True)]
+    sources = {(expert, document.id): "its domain" for expert, (own, _) in placed.items() for document in own}
+    for expert, (path, document) in zip(chosen, loose, strict=True):
+        if before := sources.get((expert, document.id)):
+            raise DataError(
+                f"{path}: document {document.id!r} goes to expert {expert}, whose index has that id already (from {before}); "
+                "ids must be unique, rename one"
+            )
+        sources[expert, document.id] = str(path)
+        by_expert.setdefault(expert, []).append(document)
+    for expert, documents in by_expert.items():
+        rows = [row for row, own in enumerate(chosen) if own == expert]
+        own = base[rows] if model.tower == "query" or expert == BASE_EXPERT else vectors.of(documents, expert)
+        before, known = placed.get(expert, ([], np.empty((0, own.shape[1]), np.float32)))
+        placed[expert] = ([*before, *documents], np.concatenate([known, own]))
+    return {name: placed[name] for name in names if name in placed}
+
+
+def _write(
+    draft: Draft, model: Model, published: Artifact, placed: Placed, config: IndexConfig, show_progress_bar: bool
+) -> dict[str, Any]:
+    documents = [document for own, _ in placed.values() for document in own]
+    starts = np.cumsum([0, *(len(own) for own, _ in placed.values())])
+    with (
+        progress_bar("Linking", len(documents), shown=show_progress_bar, unit="documents") as advance,
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+    ):
+        # One thread a graph, so that each is the same in every build; the graphs side by side.
+        jobs = {
+            name: threads.submit(build_segment, vectors, np.arange(start, start + len(own)), config, advance)
+            for (name, (own, vectors)), start in zip(placed.items(), starts, strict=False)
+        }
+        segments = {name: write_segment(draft, f"{name}-0", job.result()) for name, job in jobs.items()}
+    prefix = f"model-{published.fingerprint[:12]}"
+    draft.include(published, prefix)
+    same = _same_documents(documents)
+    return {
+        "model": {"folder": prefix, "fingerprint": published.fingerprint},
+        "documents": {
+            "count": len(documents),
+            "file": draft.add("documents.sqlite", lambda path: write_documents(path, documents)),
+            "same": draft.add("same.safetensors", lambda path: save_file({"same": same}, path)),
+        },
+        "experts": {
+            name: {"documents": segment["documents"], "segments": [segment]} for name, segment in segments.items()
+        },
+    }
+
+
+def _same_documents(documents: list[Document]) -> np.ndarray:
+    """For each row the first row with the same id, title and text: a document of two domains is one in a result."""
+    first: dict[Document, int] = {}
+    return np.array([first.setdefault(document, row) for row, document in enumerate(documents)], np.int64)

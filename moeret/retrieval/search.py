@@ -1,0 +1,236 @@
+"""The Retriever: queries in, one ranked list each out."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import load_file
+
+from moeret import artifact
+from moeret.artifact import Artifact
+from moeret.config import IndexConfig, require
+from moeret.errors import ArtifactError
+from moeret.models.model import Model, check_texts
+from moeret.retrieval.build import KIND
+from moeret.retrieval.documents import DocumentStore
+from moeret.retrieval.fusion import Fusion, Ranking, fuse
+from moeret.retrieval.hnsw import Segment, read_segment
+from moeret.types import BASE_EXPERT, Document, Hit, Route
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """index -> each query's weight there (0: not searched), and the vectors that given queries search an index with."""
+
+    weights: dict[str, Float[np.ndarray, "Q"]]
+    vectors: Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]
+    routes: list[Route]
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What a batch of queries touched: which experts' indexes each one searched, and its route."""
+
+    hits: list[list[Hit]]
+    indexes: list[tuple[str, ...]]
+    routes: list[Route]
+
+
+class Retriever:
+    """Searches an index. Everything it holds is immutable, so any number of threads may search at once."""
+
+    def __init__(self, published: Artifact, model: Model):
+        meta = published.meta
+        self.index, self.model = published, model
+        config = IndexConfig(**meta["config"])
+        self._segments: dict[str, list[Segment]] = {
+            name: [read_segment(published, entry, config) for entry in expert["segments"]]
+            for name, expert in meta["experts"].items()
+        }
+        self._same = load_file(published.path(meta["documents"]["same"]))["same"]
+        self._names = list(self._segments)
+        self._starts = np.cumsum([0, *(meta["experts"][name]["documents"] for name in self._names)])[:-1]
+        self._documents = DocumentStore(published.path(meta["documents"]["file"]))
+        self.sizes: dict[str, int] = {name: expert["documents"] for name, expert in meta["experts"].items()}
+        self._calibration = {entry["name"]: entry.get("calibration") for entry in model.published.meta["experts"]}
+        self.fusion: Fusion = "score" if model.tower == "query" else "calibrated"
+
+    @classmethod
+    def load(cls, index: str | Path, *, model: Model | None = None) -> "Retriever":
+        """Loads an index with the model that it holds, or with `model`, which must be the one it was built with.
+
+        Raises:
+          ArtifactError: the index or its model is damaged, unfinished, or `model` is another one.
+        """
+        published = artifact.read(Path(index), KIND)
+        built_with = published.meta["model"]["fingerprint"]
+        model = model or Model.load(published.root / published.meta["model"]["folder"])
+        if model.published is None or model.published.fingerprint != built_with:
+            raise ArtifactError(
+                f"{index} was built with another model (fingerprint {built_with[:12]}); search it with its own, or build it anew"
+            )
+        return cls(published, model)
+
+    def close(self) -> None:
+        """Gives the index's files back."""
+        self._documents.close()
+
+    def search(
+        self, query: str, k: int = 10, *, route: str = "auto", experts: int | None = None, fusion: Fusion | None = None
+    ) -> list[Hit]:
+        """The best `k` documents for a query; fewer only if the searched indexes hold fewer. See search_batch."""
+        return self.search_batch([query], k, route=route, experts=experts, fusion=fusion)[0]
+
+    def search_batch(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        route: str = "auto",
+        experts: int | None = None,
+        fusion: Fusion | None = None,
+    ) -> list[list[Hit]]:
+        """The best `k` documents for each query.
+
+        Args:
+          queries: non-empty strings.
+          k: how many hits, at least 1.
+          route: `auto` lets the router choose; `all` uses the router's experts but searches every index; `base` searches
+            every index as the base would; an expert's name searches its index with it.
+          experts: at most this many experts per query (auto only); the model's router decides unless given.
+          fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
+            default there); `calibrated` (the default elsewhere) or `rrf`.
+
+        Raises:
+          ConfigError: an argument that makes no sense; nothing has been searched then.
+        """
+        return self.search_detailed(queries, k, route=route, experts=experts, fusion=fusion).hits
+
+    def search_detailed(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        route: str = "auto",
+        experts: int | None = None,
+        fusion: Fusion | None = None,
+    ) -> Searched:
+        """As search_batch, and says what was touched."""
+        self._check(queries, k, route, experts, fusion)
+        if not queries:
+            return Searched([], [], [])
+        plan = self._plan(self.model.with_prompt(queries, "query"), route, experts)
+        rankings: list[list[Ranking]] = [[] for _ in queries]
+        for name, segments in self._segments.items():
+            rows = np.flatnonzero(plan.weights[name] > 0)
+            if len(rows):
+                slope, intercept = self._calibration.get(name) or (1.0, 0.0)
+                for segment in segments:
+                    found = segment.search(plan.vectors(name, rows), k)
+                    for row, (hits, scores) in zip(rows, found, strict=True):
+                        weight = float(plan.weights[name][row])
+                        rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
+        fused = [fuse(own, fusion or self.fusion, k, self._same) for own in rankings]
+        searched = [tuple(name for name in self._segments if plan.weights[name][row] > 0) for row in range(len(queries))]
+        return Searched(self.hits(fused), searched, plan.routes)
+
+    def hits(self, ranked: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[list[Hit]]:
+        """Each query's (rows, scores) as hits with their documents."""
+        documents = self.documents(np.concatenate([rows for rows, _ in ranked]))
+        return [
+            [self._hit(rank, int(row), score, documents[row]) for rank, (row, score) in enumerate(zip(*own, strict=True), 1)]
+            for own in ranked
+        ]
+
+    def _hit(self, rank: int, row: int, score: float, document: Document) -> Hit:
+        holder = self._names[int(np.searchsorted(self._starts, row, side="right")) - 1]
+        return Hit(document.id, float(score), rank, holder, document.title, document.text)
+
+    def documents(self, rows: Sequence[int] | np.ndarray) -> dict[int, Document]:
+        """The documents of these rows; an index's rows are 0, 1, 2, ... up to the sum of `sizes`."""
+        return self._documents.fetch(rows)
+
+    def vectors(self) -> Float[np.ndarray, "N D"]:
+        """Every document's vector, by row."""
+        out = np.empty((sum(self.sizes.values()), self.model.embedder.width), np.float32)
+        for segment in (segment for segments in self._segments.values() for segment in segments):
+            out[segment.rows] = np.repeat(segment.all_vectors(), np.diff(segment.offsets), axis=0)
+        return out
+
+    def _plan(self, texts: list[str], route: str, experts: int | None) -> "_Plan":
+        """Decides for every query which indexes it searches, how much each weighs, and with which vector."""
+        model, count = self.model, len(texts)
+        everywhere = {name: np.ones(count, np.float32) for name in self._segments}
+        if route == BASE_EXPERT:
+            return _Plan(everywhere, _one_vector(model.embedder.base(texts)), [])
+        if route not in ("auto", "all"):
+            weights = {name: np.full(count, name == route, np.float32) for name in self._segments}
+            return _Plan(weights, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
+        router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
+
+        def choose(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            numbers, weights, _ = router.choose(router.probabilities(vectors))
+            return numbers, weights
+
+        base, merged = model.embedder.routed(texts, choose)
+        probabilities = router.probabilities(base)
+        routes = model.routes(probabilities, router)
+        if route == "all":
+            weights = everywhere
+        else:
+            weights = {
+                name: np.array([_weight(name, own, self._segments) for own in routes], np.float32) for name in self._segments
+            }
+        if model.tower == "query":
+            return _Plan(weights, _one_vector(merged), routes)
+
+        def own_vectors(name: str, rows: np.ndarray) -> Float[np.ndarray, "Q D"]:
+            if name == BASE_EXPERT:
+                return base[rows]
+            return model.embedder.mixed([texts[row] for row in rows], *model.mixture(name, len(rows)))
+
+        return _Plan(weights, own_vectors, routes)
+
+    def route(self, queries: Sequence[str]) -> list[Route]:
+        """Which experts each query would use. Raises ConfigError for an empty query."""
+        self._check(queries, 1, "auto", None, None)
+        return self.model.route(queries)
+
+    def _check(self, queries: Sequence[str], k: int, route: str, experts: int | None, fusion: Fusion | None) -> None:
+        check_texts(queries, "queries")
+        for position, query in enumerate(queries):
+            require(bool(query.strip()), f"query {position + 1} of {len(queries)} is empty; a query needs some text")
+        _require_count(k, "k")
+        if experts is not None:
+            _require_count(experts, "experts")
+        known = ("auto", "all", BASE_EXPERT, *self.model.experts)
+        require(route in known, f"there is no route {route!r}; choose one of {', '.join(known)}")
+        if route in self.model.experts:
+            require(route in self._segments, f"this index has no documents of expert {route}; it has {', '.join(self._names)}")
+        if self.model.tower == "both":
+            require(route != BASE_EXPERT, "the base cannot search this index: its documents are in their experts' spaces")
+            require(fusion != "score", "scores of different document spaces cannot be compared; use calibrated or rrf")
+
+
+def _require_count(value: int, name: str) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    require(whole and value >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _one_vector(vectors: Float[np.ndarray, "Q D"]) -> Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]:
+    """Each query searches every index with the same vector."""
+    return lambda name, rows: vectors[rows]
+
+
+def _weight(name: str, route: Route, indexes: Collection[str]) -> float:
+    """How much an index weighs on a route; 0 if it is not searched.
+
+    Searched are the chosen experts' indexes, and everything where the router abstained or chose none that is here. The
+    base's own index, of documents that no expert owns, always is.
+    """
+    if not any(expert in indexes for expert in route.experts):
+        return route.probabilities.get(name, 1 / (1 + len(route.probabilities)))
+    return route.experts.get(name, 0.0) if name != BASE_EXPERT else 1.0

@@ -1,0 +1,69 @@
+"""BENCHMARKS.md: sections that scripts write, each with its command, commit, machine and versions.
+
+A section stands between two comment lines that carry its name; writing it again replaces it and nothing else.
+"""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+FILE = Path(__file__).resolve().parent.parent / "BENCHMARKS.md"
+HEAD = "# Benchmarks\n\nEvery section is written by the script that it names. Ratios within one run hold; absolute times are of one machine.\n"
+VERSIONS = ("moeret", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "hnswlib", "tokenizers", "bm25s", "ir_measures")
+
+
+def write_section(name: str, title: str, body: str, extra_versions: dict[str, str] | None = None) -> None:
+    """Replaces or appends the section `name` of BENCHMARKS.md."""
+    versions = {package: version(package) for package in VERSIONS} | (extra_versions or {})
+    facts = [
+        f"- command: `{command()}`",
+        f"- commit: `{commit()}`",
+        f"- machine: {processor()}, {os.cpu_count()} cores, {memory_gib():.0f} GiB, Python {platform.python_version()}",
+        f"- versions: {', '.join(f'{package} {number}' for package, number in versions.items())}",
+    ]
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    section = "\n".join([begin, f"## {title}", "", *facts, "", body.strip(), end])
+    text = FILE.read_text() if FILE.is_file() else HEAD
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    text = pattern.sub(lambda _: section, text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}\n"
+    FILE.write_text(text)
+
+
+def command() -> str:
+    """How this program was started, from the repository's root, with places on this machine left out."""
+    main = sys.modules["__main__"]
+    start = f"python -m {main.__spec__.name}" if main.__spec__ else f"python {Path(sys.argv[0]).name}"
+    return " ".join([start, *(Path(word).name if word.startswith(("/", "..")) else word for word in sys.argv[1:])])
+
+
+def commit() -> str:
+    """The commit of the working tree, with a mark if it has changes."""
+    root = FILE.parent
+    name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--", "moeret", "experiments", "scripts"], cwd=root, capture_output=True, text=True,
+        check=True,
+    )
+    return name.stdout.strip() + (" with changes" if dirty.stdout.strip() else "")
+
+
+def processor() -> str:
+    """The processor's model, and whether it multiplies bfloat16 matrices in hardware."""
+    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    model = re.search(r"model name\s*: (.*)", lines)
+    return (model.group(1) if model else platform.processor()) + (" with AMX" if "amx_tile" in lines else "")
+
+
+def memory_gib() -> float:
+    """Physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are right-aligned."""
+    marks = ["---", *("---:" for _ in columns[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, marks, *rows])
