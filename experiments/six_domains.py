@@ -59,22 +59,32 @@ def _body(report: dict, model, index, seconds: dict[str, float]) -> str:
     for measure in (NDCG, RECALL):
         columns = ["domain", *(system["label"] for system in systems.values()), "queries"]
         rows = [
-            [name, *(f"{100 * system['domains'][name][measure]:.1f}" for system in systems.values()), str(own["queries"])]
+            [
+                name,
+                *(f"{100 * system['domains'][name][measure]:.1f}" for system in systems.values()),
+                str(own["queries"]),
+            ]
             for name, own in report["domains"].items()
         ]
         rows.append(["**mean**", *(f"**{100 * system['mean'][measure]:.1f}**" for system in systems.values()), ""])
-        parts.append(f"{measure} x 100 on the test queries, all {index.meta['documents']['count']:,} documents in one pool:\n\n"
-                     + markdown_table(columns, rows))
+        parts.append(
+            f"{measure} x 100 on the test queries, all {index.meta['documents']['count']:,} documents in one pool:\n\n"
+            + markdown_table(columns, rows)
+        )
     experts = [
         [entry["name"], f"{100 * entry['base_dev_ndcg']:.1f}", f"{100 * entry['dev_ndcg']:.1f}", str(entry["step"])]
         for entry in model.meta["experts"]
     ]
-    parts.append("Dev nDCG@10 x 100 of each expert over the whole pool, and the step it was taken from:\n\n"
-                 + markdown_table(["expert", "base", "expert", "step"], experts))
+    parts.append(
+        "Dev nDCG@10 x 100 of each expert over the whole pool, and the step it was taken from:\n\n"
+        + markdown_table(["expert", "base", "expert", "step"], experts)
+    )
     routers = model.meta["router"]["report"]
     rows = [[kind, *(f"{routers[kind][key]:.4f}" for key in routers[kind])] for kind in ("centroids", "learned")]
-    parts.append(f"Routers on dev ({routers['decided_by']} decides: {routers['chosen']}):\n\n"
-                 + markdown_table(["router", *routers["learned"]], rows))
+    parts.append(
+        f"Routers on dev ({routers['decided_by']} decides: {routers['chosen']}):\n\n"
+        + markdown_table(["router", *routers["learned"]], rows)
+    )
     parts.append(_checks(report, model, seconds))
     return "\n\n".join(parts)
 
@@ -82,9 +92,7 @@ def _body(report: dict, model, index, seconds: dict[str, float]) -> str:
 def _checks(report: dict, model, seconds: dict[str, float]) -> str:
     routed, base, oracle = (report["systems"][name] for name in ("auto", "base_one_index", "oracle"))
     gain = routed["mean"][NDCG] - base["mean"][NDCG]
-    worst = min(
-        (routed["domains"][name][NDCG] - base["domains"][name][NDCG], name) for name in report["domains"]
-    )
+    worst = min((routed["domains"][name][NDCG] - base["domains"][name][NDCG], name) for name in report["domains"])
     regret = oracle["mean"][NDCG] - routed["mean"][NDCG]
     router, cost = report["router"], report["cost"]
     lines = [

@@ -47,7 +47,9 @@ class Artifact:
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists."""
         if name not in self.files:
-            raise ArtifactError(f"{self.root / MANIFEST} lists no file {name!r}; the {self.kind} is damaged, make it anew")
+            raise ArtifactError(
+                f"{self.root / MANIFEST} lists no file {name!r}; the {self.kind} is damaged, make it anew"
+            )
         return self.root / name
 
 
@@ -92,7 +94,9 @@ def read(root: Path, kind: str) -> Artifact:
     if found != (FORMAT, kind):
         raise ArtifactError(f"{root} is a {found[1]} in format {found[0]}; expected a {kind} in format {FORMAT}")
     if artifact.fingerprint != _fingerprint_of(kind, artifact.meta, files):
-        raise ArtifactError(f"{manifest} was altered: its fingerprint does not match its contents; make the {kind} anew")
+        raise ArtifactError(
+            f"{manifest} was altered: its fingerprint does not match its contents; make the {kind} anew"
+        )
     for name, entry in files.items():
         _check_file(artifact, name, entry)
     return artifact
@@ -163,7 +167,9 @@ class Draft:
         entries = {**artifact.files, MANIFEST: FileEntry(manifest.stat().st_size, sha256_of(manifest))}
         for name, entry in entries.items():
             source = artifact.root / name
-            self._place(self.root / prefix / name, entry, lambda temporary, source=source: _link_or_copy(source, temporary))
+            self._place(
+                self.root / prefix / name, entry, lambda temporary, source=source: _link_or_copy(source, temporary)
+            )
             self._files[f"{prefix}/{name}"] = entry
 
     @staticmethod
@@ -268,7 +274,9 @@ def writing(root: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError):
         raise ArtifactError(f"{root} cannot be a directory: a file is in the way; choose another path") from None
     except PermissionError as error:
-        raise ArtifactError(f"cannot write to {root}: {error.strerror}; choose a directory that you may write") from None
+        raise ArtifactError(
+            f"cannot write to {root}: {error.strerror}; choose a directory that you may write"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

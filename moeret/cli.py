@@ -222,8 +222,11 @@ class Search:
             return
         _print_route(routed)
         for hit in hits:
-            _OUT.print(f"\n{hit.rank}. {hit.score:.3f}  {_shown(hit.title or hit.id, 100)}  ({hit.expert}/{_shown(hit.id, 60)})",
-                       markup=False, style="bold")
+            _OUT.print(
+                f"\n{hit.rank}. {hit.score:.3f}  {_shown(hit.title or hit.id, 100)}  ({hit.expert}/{_shown(hit.id, 60)})",
+                markup=False,
+                style="bold",
+            )
             _OUT.print(f"   {_shown(hit.text, 240)}", markup=False)
 
 
@@ -243,8 +246,14 @@ class Route:
 
         route = Retriever.load(self.index).route([self.query])[0]
         if self.json:
-            _print_json({"query": self.query, "probabilities": route.probabilities, "experts": route.experts,
-                         "abstained": route.abstained})
+            _print_json(
+                {
+                    "query": self.query,
+                    "probabilities": route.probabilities,
+                    "experts": route.experts,
+                    "abstained": route.abstained,
+                }
+            )
             return
         _print_route(route)
         for name, probability in sorted(route.probabilities.items(), key=lambda item: -item[1]):
@@ -312,8 +321,12 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         _OUT.print(f"moeret {version('moeret')}")
         return
-    command = tyro.cli(Command, prog="moeret", description="Mixture-of-experts routed retrieval.",
-                       config=(tyro.conf.OmitSubcommandPrefixes,))
+    command = tyro.cli(
+        Command,
+        prog="moeret",
+        description="Mixture-of-experts routed retrieval.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
     try:
         command.run()
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
@@ -324,7 +337,9 @@ def main() -> None:
     except FloatingPointError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; nothing published was changed")
+        _fail(
+            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; nothing published was changed"
+        )
     except KeyboardInterrupt:
         _complain("interrupted; the same command goes on from where it was saved last")
         sys.exit(130)
@@ -358,8 +373,14 @@ def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
     rows = [{key: entry[key] for key in keys} for entry in meta["experts"]]
     router = meta["router"]
     if as_json:
-        _print_json({"base": meta["base"]["name"], "tower": meta["tower"], "experts": rows,
-                     "router": {key: router[key] for key in ("query", "document", "report")}})
+        _print_json(
+            {
+                "base": meta["base"]["name"],
+                "tower": meta["tower"],
+                "experts": rows,
+                "router": {key: router[key] for key in ("query", "document", "report")},
+            }
+        )
         return
     table = Table("expert", "documents", "train queries", "dev nDCG@10, base", "dev nDCG@10", "best step")
     for row in rows:
@@ -367,7 +388,8 @@ def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
     _OUT.print(table)
     report = router["report"]
     details = "; ".join(
-        f"{kind} {' '.join(f'{key} {value:.3f}' for key, value in report[kind].items())}" for kind in ("centroids", "learned")
+        f"{kind} {' '.join(f'{key} {value:.3f}' for key, value in report[kind].items())}"
+        for kind in ("centroids", "learned")
     )
     _OUT.print(f"router: {report['chosen']}, decided by {report['decided_by']} ({details})", markup=False)
 

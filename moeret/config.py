@@ -36,7 +36,9 @@ class ExpertConfig:
         require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
         require(self.layers >= 1, f"layers must be at least 1, got {self.layers}")
         require(
-            bool(self.matrices) and set(self.matrices) <= set(MATRICES) and len(set(self.matrices)) == len(self.matrices),
+            bool(self.matrices)
+            and set(self.matrices) <= set(MATRICES)
+            and len(set(self.matrices)) == len(self.matrices),
             f"matrices must be distinct names out of {', '.join(MATRICES)}; got {', '.join(self.matrices) or 'none'}",
         )
 

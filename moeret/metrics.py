@@ -18,7 +18,7 @@ NDCG, RECALL = "nDCG@10", "R@100"
 def per_query(
     qrels: Mapping[str, Mapping[str, int]], run: Run, measures: tuple[str, ...] = (NDCG, RECALL)
 ) -> dict[str, dict[str, float]]:
-    """measure -> query id -> value, for every judged query; one that the run lacks scores 0."""
+    """Measure -> query id -> value, for every judged query; one that the run lacks scores 0."""
     parsed = [ir_measures.parse_measure(measure) for measure in measures]
     values = {measure: dict.fromkeys(qrels, 0.0) for measure in measures}
     known = {query: dict(run[query]) for query in qrels if run.get(query)}
@@ -60,7 +60,9 @@ def read_run(path: Path) -> dict[str, dict[str, float]]:
             query, _, document, _, score, _ = line.split()
             run.setdefault(unquote(query), {})[unquote(document)] = float(score)
         except ValueError:
-            raise DataError(f"{path} line {number}: expected `query Q0 document rank score tag`, got {line[:80]!r}") from None
+            raise DataError(
+                f"{path} line {number}: expected `query Q0 document rank score tag`, got {line[:80]!r}"
+            ) from None
     return {query: dict(sorted(hits.items(), key=lambda hit: -hit[1])) for query, hits in run.items()}
 
 

@@ -60,7 +60,9 @@ def quickstart(out: Path, console: Console, *, show_progress_bar: bool) -> None:
     build_index(model, index, domains, show_progress_bar=show_progress_bar)
 
     console.rule("4. Report: moeret evaluate")
-    console.print("Test queries of all domains, unlabelled, against one pool of all documents. No document was asked for in training.")
+    console.print(
+        "Test queries of all domains, unlabelled, against one pool of all documents. No document was asked for in training."
+    )
     retriever = Retriever.load(index)
     report = evaluate(retriever, domains, baselines=True, show_progress_bar=show_progress_bar)
     for table in report_tables(report):
@@ -69,11 +71,15 @@ def quickstart(out: Path, console: Console, *, show_progress_bar: bool) -> None:
     console.rule("5. Three questions: moeret search")
     for question in _sample_questions(domains):
         route = retriever.route([question])[0]
-        used = ", ".join(f"{name} {weight:.0%}" for name, weight in route.experts.items()) or "none: the router abstained"
+        used = (
+            ", ".join(f"{name} {weight:.0%}" for name, weight in route.experts.items()) or "none: the router abstained"
+        )
         console.print(f"\n[bold]{question}[/bold]\n  experts: {used}", highlight=False)
         for hit in retriever.search(question, k=3):
             console.print(f"  {hit.rank}. {hit.score:.3f}  {hit.title}  ({hit.expert})", highlight=False, markup=False)
-    console.print(f'\nNow ask your own:  moeret search {index} "how to compute the inverse of a matrix"', highlight=False)
+    console.print(
+        f'\nNow ask your own:  moeret search {index} "how to compute the inverse of a matrix"', highlight=False
+    )
 
 
 def _sample_questions(domains: dict[str, Path]) -> list[str]:

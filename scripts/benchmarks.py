@@ -13,7 +13,18 @@ from pathlib import Path
 
 FILE = Path(__file__).resolve().parent.parent / "BENCHMARKS.md"
 HEAD = "# Benchmarks\n\nEvery section is written by the script that it names. Ratios within one run hold; absolute times are of one machine.\n"
-VERSIONS = ("moeret", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "hnswlib", "tokenizers", "bm25s", "ir_measures")
+VERSIONS = (
+    "moeret",
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "hnswlib",
+    "tokenizers",
+    "bm25s",
+    "ir_measures",
+)
 
 
 def write_section(name: str, title: str, body: str, extra_versions: dict[str, str] | None = None) -> None:
@@ -43,9 +54,14 @@ def command() -> str:
 def commit() -> str:
     """The commit of the working tree, with a mark if it has changes."""
     root = FILE.parent
-    name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    name = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+    )
     dirty = subprocess.run(
-        ["git", "status", "--porcelain", "--", "moeret", "experiments", "scripts"], cwd=root, capture_output=True, text=True,
+        ["git", "status", "--porcelain", "--", "moeret", "experiments", "scripts"],
+        cwd=root,
+        capture_output=True,
+        text=True,
         check=True,
     )
     return name.stdout.strip() + (" with changes" if dirty.stdout.strip() else "")

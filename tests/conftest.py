@@ -11,19 +11,33 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-import moeret  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
+
+import moeret  # noqa: E402
 
 WIDTH, LAYERS, HEADS, MLP, POSITIONS = 16, 3, 2, 32, 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOPICS = {
     "fruit": ["apple", "pear", "plum", "fig", "lime", "kiwi", "grape", "melon", "mango", "peach", "berry", "date"],
-    "metal": ["iron", "zinc", "lead", "gold", "tin", "steel", "brass", "nickel", "cobalt", "copper", "silver", "chrome"],
+    "metal": [
+        "iron",
+        "zinc",
+        "lead",
+        "gold",
+        "tin",
+        "steel",
+        "brass",
+        "nickel",
+        "cobalt",
+        "copper",
+        "silver",
+        "chrome",
+    ],
     "river": ["rhine", "nile", "volga", "tiber", "seine", "elbe", "oder", "tagus", "ebro", "loire", "thames", "douro"],
 }
 FILLER = ["find", "the", "about", "which", "of", "a", "very", "text", "on", "is", "with", "and", "long", "story"]
 NICKNAMES = [f"nick{number}" for number in range(12)]
-SPLITS = {"train": range(0, 8), "dev": range(8, 10), "test": range(10, 12)}
+SPLITS = {"train": range(8), "dev": range(8, 10), "test": range(10, 12)}
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +48,9 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_base(folder: Path, *, prefix: str = "", old_names: bool = False, pooling: str = "mean", seed: int = 0) -> None:
+def write_base(
+    folder: Path, *, prefix: str = "", old_names: bool = False, pooling: str = "mean", seed: int = 0
+) -> None:
     """Writes a tiny base encoder; `prefix` and `old_names` make the checkpoint look like other people's."""
     words = [word for topic in TOPICS.values() for word in topic]
     vocabulary = [*SPECIAL, *words, *FILLER, *NICKNAMES, *TOPICS, *"abcdefghijklmnopqrstuvwxyz"]
@@ -75,7 +91,11 @@ def base_tensors(vocabulary: int, prefix: str, old_names: bool, seed: int) -> di
     for layer in range(LAYERS):
         stem = f"encoder.layer.{layer}"
         places = {f"attention.self.{name}": (WIDTH, WIDTH) for name in ("query", "key", "value")}
-        places |= {"attention.output.dense": (WIDTH, WIDTH), "intermediate.dense": (MLP, WIDTH), "output.dense": (WIDTH, MLP)}
+        places |= {
+            "attention.output.dense": (WIDTH, WIDTH),
+            "intermediate.dense": (MLP, WIDTH),
+            "output.dense": (WIDTH, MLP),
+        }
         for place, shape in places.items():
             matrix(f"{stem}.{place}.weight", *shape)
             matrix(f"{stem}.{place}.bias", shape[0], scale=0.01)
@@ -88,7 +108,11 @@ def write_domain(folder: Path, topic: str) -> Path:
     """Documents about one word each; a query asks by nickname, so that only an expert can learn what it means."""
     words = TOPICS[topic]
     corpus = [
-        {"_id": f"d{n}", "title": word, "text": f"a very long story of the {topic} {word} {word}" + " and text" * (n % 5)}
+        {
+            "_id": f"d{n}",
+            "title": word,
+            "text": f"a very long story of the {topic} {word} {word}" + " and text" * (n % 5),
+        }
         for n, word in enumerate(words)
     ]
     queries, qrels = [], {split: [] for split in SPLITS}

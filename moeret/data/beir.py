@@ -101,7 +101,9 @@ def read_domain(name: str, path: Path, splits: tuple[str, ...], optional: tuple[
     wanted = {split: path / "qrels" / f"{split}.tsv" for split in (*splits, *optional)}
     missing = [split for split in splits if not wanted[split].is_file()]
     if missing:
-        raise DataError(f"{wanted[missing[0]]} is not there; domain {name} needs judged queries in its {missing[0]} split")
+        raise DataError(
+            f"{wanted[missing[0]]} is not there; domain {name} needs judged queries in its {missing[0]} split"
+        )
     present = {split: file for split, file in wanted.items() if file.is_file()}
     queries = read_queries(path / "queries.jsonl") if present else {}
     known = {document.id for document in corpus}
@@ -169,7 +171,9 @@ def read_qrels(path: Path, queries: Any, documents: Any) -> Qrels:
             if number == 1 or not line.strip():
                 continue
             if len(cells) != 3:
-                problems.add(f"line {number}: expected query-id, corpus-id and score between tabs, got {line.strip()[:80]!r}")
+                problems.add(
+                    f"line {number}: expected query-id, corpus-id and score between tabs, got {line.strip()[:80]!r}"
+                )
                 continue
             query, document, score = cells
             if query not in queries:
@@ -234,7 +238,9 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                problems.add(f"line {number}: not JSON ({getattr(error, 'msg', type(error).__name__)}): {line.strip()[:60]!r}")
+                problems.add(
+                    f"line {number}: not JSON ({getattr(error, 'msg', type(error).__name__)}): {line.strip()[:60]!r}"
+                )
                 continue
             if isinstance(row, dict):
                 yield number, row

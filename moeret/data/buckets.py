@@ -74,9 +74,7 @@ def length_batches(
             yield Batch(chunk, edges[bucket], 1 << (len(chunk) - 1).bit_length())
 
 
-def pad(
-    ids: Sequence[Int[np.ndarray, "L"]], batch: Batch
-) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
+def pad(ids: Sequence[Int[np.ndarray, "L"]], batch: Batch) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
     """Token ids [size, edge] and lengths [size] of a batch; spare rows are one padding token long."""
     padded = np.zeros((batch.size, batch.edge), np.int32)
     lengths = np.ones(batch.size, np.int32)

@@ -73,7 +73,9 @@ def write_domains(out: Path, *, per_library: int, libraries: int) -> dict[str, P
     read = {name: read_library(name, folder) for name, folder in installed_libraries().items()}
     usable = {name: entries for name, entries in read.items() if len(entries) >= 100}
     if len(usable) < 2:
-        raise DataError("fewer than two installed libraries have 100 usable docstrings, so there is nothing to route between")
+        raise DataError(
+            "fewer than two installed libraries have 100 usable docstrings, so there is nothing to route between"
+        )
     best = sorted(usable, key=lambda name: (name != STANDARD_LIBRARY, -len(usable[name]), name))[:libraries]
     return {name: _write_domain(out / name, usable[name], per_library) for name in best}
 
@@ -127,5 +129,3 @@ def _write_domain(folder: Path, entries: list[Entry], most: int) -> Path:
 
 def _write_lines(path: Path, lines) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-

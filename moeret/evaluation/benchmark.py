@@ -40,14 +40,14 @@ class Result:
     runs: dict[str, dict[str, dict[str, float]]]
 
     def table(self) -> dict[str, dict[str, float]]:
-        """domain -> measure -> mean over its queries, and the number of queries."""
+        """Domain -> measure -> mean over its queries, and the number of queries."""
         return {
             name: {**{measure: metrics.mean(own) for measure, own in values.items()}, "queries": len(values[NDCG])}
             for name, values in self.values.items()
         }
 
     def mean(self) -> dict[str, float]:
-        """measure -> mean over domains."""
+        """Measure -> mean over domains."""
         table = self.table()
         return {measure: float(np.mean([row[measure] for row in table.values()])) for measure in (NDCG, RECALL)}
 
@@ -74,7 +74,9 @@ def read_test_sets(retriever: Retriever, domains: dict[str, Path], split: str) -
     return sets
 
 
-def score(test: TestSet, hits: Sequence[Sequence[Hit]]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+def score(
+    test: TestSet, hits: Sequence[Sequence[Hit]]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """(measure -> query -> value, run) of hits for each query of a test set, in its order."""
     run = {
         query: _run_of(test, query, text, own)
@@ -84,7 +86,7 @@ def score(test: TestSet, hits: Sequence[Sequence[Hit]]) -> tuple[dict[str, dict[
 
 
 def _run_of(test: TestSet, query: str, text: str, hits: Sequence[Hit]) -> dict[str, float]:
-    """document -> score of the first _DEPTH hits; another domain's document is named expert/id.
+    """Document -> score of the first _DEPTH hits; another domain's document is named expert/id.
 
     A query that is itself a document does not retrieve itself: BEIR's rule drops every hit with the query's id; here the
     text must be the same too, because ids like "7" meet by accident.
@@ -127,10 +129,15 @@ def evaluate(
     require(route in ("auto", "oracle", "base", "all"), f"route must be auto, oracle, base or all, got {route!r}")
     sets = read_test_sets(retriever, domains, split)
     no_expert = [test.name for test in sets if test.name not in retriever.model.experts]
-    require(route != "oracle" or not no_expert, f"the oracle needs an expert for each domain; {', '.join(no_expert)} has none")
+    require(
+        route != "oracle" or not no_expert,
+        f"the oracle needs an expert for each domain; {', '.join(no_expert)} has none",
+    )
     wanted: list[str] = list(dict.fromkeys([route, *(["auto", "oracle"] if baselines and not no_expert else [])]))
     queries = sum(len(test.judged.queries) for test in sets)
-    with progress_bar("Evaluating", queries * (len(wanted) + 2 * baselines), shown=show_progress_bar, unit="queries") as bar:
+    with progress_bar(
+        "Evaluating", queries * (len(wanted) + 2 * baselines), shown=show_progress_bar, unit="queries"
+    ) as bar:
         results, searched = {}, {}
         for mode in wanted:
             searched[mode] = {test.name: _search(retriever, test, mode, bar) for test in sets}
@@ -152,7 +159,8 @@ def evaluate(
         names |= {"auto": "routed", "oracle": "known-domain oracle"} if "oracle" in results else {"auto": "routed"}
         order = [name for name in ("bm25", "base_one_index", "base", "all", "auto", "oracle") if name in results]
         report["systems"] = {
-            name: {"label": names[name], "domains": results[name].table(), "mean": results[name].mean()} for name in order
+            name: {"label": names[name], "domains": results[name].table(), "mean": results[name].mean()}
+            for name in order
         }
     if "auto" in results and "oracle" in results:
         routed, oracle = results["auto"].table(), results["oracle"].table()
@@ -170,7 +178,9 @@ def _search(retriever: Retriever, test: TestSet, mode: str, advance) -> Searched
         chunk = texts[start : start + _QUERIES_AT_ONCE]
         parts.append(retriever.search_detailed(chunk, _DEPTH + 1, route=route))
         advance(len(chunk))
-    return Searched(*([item for part in parts for item in getattr(part, field)] for field in ("hits", "indexes", "routes")))
+    return Searched(
+        *([item for part in parts for item in getattr(part, field)] for field in ("hits", "indexes", "routes"))
+    )
 
 
 def _hits(system, test: TestSet, advance) -> list[list[Hit]]:

@@ -90,9 +90,7 @@ class Embedder:
                 advance(len(rows))
         return _unit_rows(out) if normalize else out
 
-    def routed(
-        self, texts: Sequence[str], choose: Choose
-    ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
+    def routed(self, texts: Sequence[str], choose: Choose) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
         """(base, merged) unit embeddings; the lower layers are read once for both.
 
         `choose` sees the base embeddings of a batch and returns each row's experts and weights.
@@ -133,23 +131,32 @@ def _unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def cached_vectors(
-    embed: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str], width: int, folders: Sequence[Path], key: str
+    embed: Callable[[Sequence[str]], np.ndarray],
+    texts: Sequence[str],
+    width: int,
+    folders: Sequence[Path],
+    key: str,
+    advance: Advance,
 ) -> Float[np.ndarray, "N D"]:
     """`embed(texts)` in chunks kept on disk, so that a killed job loses one chunk and a second job none.
 
     A chunk is found in any of `folders` by a hash of `key` (which names the encoder) and its texts, checked by its own
-    digest, and written to the first of them.
+    digest, and written to the first of them. `advance` is called for chunks that are found; `embed` reports its own.
     """
     folders[0].mkdir(parents=True, exist_ok=True)
     out = np.empty((len(texts), width), np.float32)
     for start in range(0, len(texts), _CHUNK):
         chunk = texts[start : start + _CHUNK]
         name = f"{artifact.fingerprint([key, list(chunk)])}.vectors"
-        vectors = next((v for folder in folders if (v := _read_chunk(folder / name, len(chunk), width)) is not None), None)
+        vectors = next(
+            (v for folder in folders if (v := _read_chunk(folder / name, len(chunk), width)) is not None), None
+        )
         if vectors is None:
             vectors = np.ascontiguousarray(embed(chunk), np.float32)
             raw = vectors.tobytes()
             artifact.write_atomically(folders[0] / name, hashlib.sha256(raw).digest() + raw)
+        else:
+            advance(len(chunk))
         out[start : start + len(chunk)] = vectors
     return out
 

@@ -60,10 +60,8 @@ def _project(linear: nnx.Linear, x: Array, delta: Mapping[str, Array] | None) ->
 
 
 @jax.custom_vjp
-def _shared_low_rank(
-    x: Float[Array, "B L I"], a: Float[Array, "I R"], b: Float[Array, "R O"]
-) -> Float[Array, "B L O"]:
-    """x a b, with the gradients' products ordered so that only [tokens, R] arrays are transposed.
+def _shared_low_rank(x: Float[Array, "B L I"], a: Float[Array, "I R"], b: Float[Array, "R O"]) -> Float[Array, "B L O"]:
+    """X a b, with the gradients' products ordered so that only [tokens, R] arrays are transposed.
 
     Left to itself XLA transposes the [tokens, I] and [tokens, O] ones, and on a CPU that costs more than the products.
     """
@@ -113,7 +111,11 @@ class Layer(nnx.Module):
 
 
 def _attention(
-    q: Float[Array, "B L D"], k: Float[Array, "B L D"], v: Float[Array, "B L D"], bias: Float[Array, "B 1 1 L"], heads: int
+    q: Float[Array, "B L D"],
+    k: Float[Array, "B L D"],
+    v: Float[Array, "B L D"],
+    bias: Float[Array, "B 1 1 L"],
+    heads: int,
 ) -> Float[Array, "B L D"]:
     """Softmax attention, divided by the sum of powers after the product with `v`.
 
@@ -139,9 +141,7 @@ class Encoder(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
         self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.layers)])
 
-    def trunk(
-        self, ids: Int[Array, "B L"], lengths: Int[Array, "B"], layers: int
-    ) -> Float[Array, "B L D"]:
+    def trunk(self, ids: Int[Array, "B L"], lengths: Int[Array, "B"], layers: int) -> Float[Array, "B L D"]:
         """Hidden states after the first `layers` layers, which no expert touches."""
         positions = jnp.arange(ids.shape[1])
         x = self.words(ids) + (self.positions(positions) + self.token_types(jnp.zeros_like(positions)))[None]

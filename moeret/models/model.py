@@ -71,7 +71,9 @@ class Model:
         if artifact.exists(folder) or (folder / WORK).is_dir():
             return cls._from_artifact(artifact.read(folder, KIND))
         if folder.is_dir() and not (folder / "config.json").is_file():
-            raise ArtifactError(f"{folder} is neither a moeret model (no manifest.json) nor a base encoder (no config.json)")
+            raise ArtifactError(
+                f"{folder} is neither a moeret model (no manifest.json) nor a base encoder (no config.json)"
+            )
         return cls(load_base(str(model), find_base(str(model))))
 
     @classmethod
@@ -195,7 +197,9 @@ class Model:
             return numbers, np.array([list(expert.values())] * count, np.float32).reshape(count, len(expert))
         names = [expert] * count if expert is None or isinstance(expert, str) else list(expert)
         if len(names) != count:
-            raise ConfigError(f"expert names {len(names)} experts for {count} texts; give one name, or one for each text")
+            raise ConfigError(
+                f"expert names {len(names)} experts for {count} texts; give one name, or one for each text"
+            )
         numbers = np.array([self.number(name) for name in names], np.int32).reshape(count, 1)
         return numbers, (numbers > 0).astype(np.float32)
 
@@ -219,7 +223,9 @@ def check_texts(texts: Sequence[str], what: str = "inputs") -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ConfigError(f"{what}[{position}] is not valid Unicode text: it has half of a surrogate pair") from None
+            raise ConfigError(
+                f"{what}[{position}] is not valid Unicode text: it has half of a surrogate pair"
+            ) from None
 
 
 def read_expert(published: artifact.Artifact, name: str) -> experts.Bank:
@@ -240,4 +246,3 @@ def read_routers(published: artifact.Artifact) -> dict[str, Router]:
         side: Router(weights=tensors[f"{side}.weights"], bias=tensors[f"{side}.bias"], **meta[side])
         for side in ("query", "document")
     }
-

@@ -123,7 +123,9 @@ def _read_json(path: Path, default: Any = None) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise BaseEncoderError(f"{path} is not there; a base encoder needs config.json, {_WEIGHTS} and a tokenizer") from None
+        raise BaseEncoderError(
+            f"{path} is not there; a base encoder needs config.json, {_WEIGHTS} and a tokenizer"
+        ) from None
     except (OSError, ValueError) as error:
         raise BaseEncoderError(f"cannot read {path}: {error}") from None
 
@@ -136,7 +138,9 @@ def _read_config(folder: Path) -> EncoderConfig:
             "encoder with absolute positions (BERT, MiniLM, BGE, E5, Contriever)"
         )
     if raw.get("hidden_act") not in ACTIVATIONS:
-        raise BaseEncoderError(f"{folder}/config.json: hidden_act {raw.get('hidden_act')!r} is not one of {[*ACTIVATIONS]}")
+        raise BaseEncoderError(
+            f"{folder}/config.json: hidden_act {raw.get('hidden_act')!r} is not one of {[*ACTIVATIONS]}"
+        )
     pooling, normalize = _read_pooling(folder)
     try:
         return EncoderConfig(
@@ -166,8 +170,11 @@ def _read_pooling(folder: Path) -> tuple[Any, bool]:
         return "mean", "Normalize" in kinds
     file = folder / modules[kinds.index("Pooling")]["path"] / "config.json"
     raw = _read_json(file)
-    modes = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for key, on in raw.items()
-             if key.startswith("pooling_mode_") and on is True}
+    modes = {
+        key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
+        for key, on in raw.items()
+        if key.startswith("pooling_mode_") and on is True
+    }
     modes = modes or {raw.get("pooling_mode")}
     if modes not in ({"mean"}, {"cls"}):
         raise BaseEncoderError(f"{file}: pooling {sorted(map(str, modes))} is not supported, only mean or cls")
@@ -218,8 +225,12 @@ def _canonical(key: str) -> str:
 def _tensor_name(route: tuple[Any, ...]) -> tuple[str, bool]:
     """The checkpoint's name of one of our parameters, and whether it is stored transposed ([out, in])."""
     leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}[route[-1]]
-    embeddings = {"words": "word_embeddings", "positions": "position_embeddings", "token_types": "token_type_embeddings",
-                  "norm": "LayerNorm"}
+    embeddings = {
+        "words": "word_embeddings",
+        "positions": "position_embeddings",
+        "token_types": "token_type_embeddings",
+        "norm": "LayerNorm",
+    }
     if route[0] != "layers":
         return f"embeddings.{embeddings[route[0]]}.{leaf}", False
     layer, part = f"encoder.layer.{route[1]}", route[2]

@@ -104,7 +104,7 @@ class _Vectors:
             return model.embedder.mixed(chunk, experts, np.ones((len(chunk), 1), np.float32), advance=self._advance)
 
         key = model.base.fingerprint if number == 0 else f"{self._published.fingerprint}/{expert}"
-        return cached_vectors(embed, texts, model.embedder.width, self._folders, key)
+        return cached_vectors(embed, texts, model.embedder.width, self._folders, key, self._advance)
 
 
 def _finished(out: Path, request: dict[str, Any], overwrite: bool) -> Artifact | None:
@@ -129,9 +129,13 @@ def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vec
     """Adds the documents without a domain to the experts that the router gives them to, the unsure ones to the base."""
     by_expert: dict[str, list[Document]] = {}
     base = vectors.of([document for _, document in loose], BASE_EXPERT)
-    numbers, weights, _ = model.document_router.choose(model.document_router.probabilities(base)) if loose else ([], [], [])
+    numbers, weights, _ = (
+        model.document_router.choose(model.document_router.probabilities(base)) if loose else ([], [], [])
+    )
     names = (BASE_EXPERT, *model.experts)
-    chosen = [names[number] if weight > 0 else BASE_EXPERT for (number,), (weight,) in zip(numbers, weights, strict=True)]
+    chosen = [
+        names[number] if weight > 0 else BASE_EXPERT for (number,), (weight,) in zip(numbers, weights, strict=True)
+    ]
     sources = {(expert, document.id): "its domain" for expert, (own, _) in placed.items() for document in own}
     for expert, (path, document) in zip(chosen, loose, strict=True):
         if before := sources.get((expert, document.id)):

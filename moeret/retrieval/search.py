@@ -134,14 +134,19 @@ class Retriever:
                         weight = float(plan.weights[name][row])
                         rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
         fused = [fuse(own, fusion or self.fusion, k, self._same) for own in rankings]
-        searched = [tuple(name for name in self._segments if plan.weights[name][row] > 0) for row in range(len(queries))]
+        searched = [
+            tuple(name for name in self._segments if plan.weights[name][row] > 0) for row in range(len(queries))
+        ]
         return Searched(self.hits(fused), searched, plan.routes)
 
     def hits(self, ranked: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[list[Hit]]:
         """Each query's (rows, scores) as hits with their documents."""
         documents = self.documents(np.concatenate([rows for rows, _ in ranked]))
         return [
-            [self._hit(rank, int(row), score, documents[row]) for rank, (row, score) in enumerate(zip(*own, strict=True), 1)]
+            [
+                self._hit(rank, int(row), score, documents[row])
+                for rank, (row, score) in enumerate(zip(*own, strict=True), 1)
+            ]
             for own in ranked
         ]
 
@@ -182,7 +187,8 @@ class Retriever:
             weights = everywhere
         else:
             weights = {
-                name: np.array([_weight(name, own, self._segments) for own in routes], np.float32) for name in self._segments
+                name: np.array([_weight(name, own, self._segments) for own in routes], np.float32)
+                for name in self._segments
             }
         if model.tower == "query":
             return _Plan(weights, _one_vector(merged), routes)
@@ -209,9 +215,14 @@ class Retriever:
         known = ("auto", "all", BASE_EXPERT, *self.model.experts)
         require(route in known, f"there is no route {route!r}; choose one of {', '.join(known)}")
         if route in self.model.experts:
-            require(route in self._segments, f"this index has no documents of expert {route}; it has {', '.join(self._names)}")
+            require(
+                route in self._segments,
+                f"this index has no documents of expert {route}; it has {', '.join(self._names)}",
+            )
         if self.model.tower == "both":
-            require(route != BASE_EXPERT, "the base cannot search this index: its documents are in their experts' spaces")
+            require(
+                route != BASE_EXPERT, "the base cannot search this index: its documents are in their experts' spaces"
+            )
             require(fusion != "score", "scores of different document spaces cannot be compared; use calibrated or rrf")
 
 

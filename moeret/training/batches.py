@@ -53,9 +53,7 @@ class Batches:
         self.frozen = replicate(mesh, Frozen(params, pool))
         self._sets, self._config, self._document_ids = sets, config, document_ids
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
-        self._plan = BatchPlan.make(
-            self.names, lengths, config.batch_size, config.seed, TOKENS_PER_BATCH * mesh.size
-        )
+        self._plan = BatchPlan.make(self.names, lengths, config.batch_size, config.seed, TOKENS_PER_BATCH * mesh.size)
         if document_ids is None:
             most = max(len(positives) for own in sets for positives in own.positives)
             self._positives = [_padded(own.positives, most) for own in sets]
@@ -63,9 +61,7 @@ class Batches:
             self._document_edges = bucket_edges(np.array([len(ids) for ids in document_ids]), TRAINING_BUCKETS)
             self._mined = [self._mine(pool, own) for own in sets]
 
-    def step(
-        self, step: int, active: Bool[np.ndarray, "E"]
-    ) -> Iterator[tuple[Int[Array, ""], QueryBatch | PairBatch]]:
+    def step(self, step: int, active: Bool[np.ndarray, "E"]) -> Iterator[tuple[Int[Array, ""], QueryBatch | PairBatch]]:
         """The step's (expert, batch) pairs of the active experts; a pure function of its arguments."""
         for expert in np.flatnonzero(active).tolist():
             if self._document_ids is None:
@@ -81,9 +77,7 @@ class Batches:
         return QueryBatch(
             queries=TextBatch(*pad(rows, Batch(np.arange(len(rows)), micro.edge, micro.size))),
             weights=np.pad(np.full(len(rows), 1 / self._config.batch_size, np.float32), (0, spare)),
-            positives=np.pad(
-                self._positives[micro.expert][micro.queries], ((0, spare), (0, 0)), constant_values=-1
-            ),
+            positives=np.pad(self._positives[micro.expert][micro.queries], ((0, spare), (0, 0)), constant_values=-1),
         )
 
     def _pair_batch(self, expert: int, step: int) -> PairBatch:

@@ -138,7 +138,9 @@ def fit(
                     mean = float(losses[active].mean())
                     log.write(
                         step=step,
-                        loss={name: round(float(x), 5) for name, x, on in zip(names, losses, active, strict=True) if on},
+                        loss={
+                            name: round(float(x), 5) for name, x, on in zip(names, losses, active, strict=True) if on
+                        },
                         pairs_per_second=round(float(rate), 1),
                     )
                     if not np.isfinite(mean):

@@ -75,12 +75,10 @@ def prepare(
             def run(chunk: Sequence[str]) -> np.ndarray:
                 return embedder.base(chunk, advance=advance)
 
-            return cached_vectors(run, prompted, embedder.width, [cache], base.fingerprint)
+            return cached_vectors(run, prompted, embedder.width, [cache], base.fingerprint, advance)
 
         documents = [embed([document.contents for document in domain.corpus], "document") for domain in domains]
-        train = [
-            embed([texts[row] for row in rows], "query") for texts, rows in zip(train_texts, sampled, strict=True)
-        ]
+        train = [embed([texts[row] for row in rows], "query") for texts, rows in zip(train_texts, sampled, strict=True)]
         dev = [embed([*judged.queries.values()], "query") for judged in dev_judged]
 
     starts = np.cumsum([0, *(len(own) for own in documents)])

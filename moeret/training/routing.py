@@ -47,7 +47,9 @@ def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
     """
     features = jnp.asarray(np.concatenate(vectors))
     labels = jnp.asarray(np.repeat(np.arange(len(vectors)), [len(own) for own in vectors]))
-    balance = jnp.asarray(np.concatenate([np.full(len(own), 1 / len(own) / len(vectors), np.float32) for own in vectors]))
+    balance = jnp.asarray(
+        np.concatenate([np.full(len(own), 1 / len(own) / len(vectors), np.float32) for own in vectors])
+    )
 
     def loss(params: dict[str, Array]) -> Float[Array, ""]:
         scores = features @ params["weights"] + params["bias"][None]
@@ -120,7 +122,9 @@ def choose_query_router(
     return best, report
 
 
-def choose_document_router(train: Sequence[Float[np.ndarray, "_ D"]], dev: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
+def choose_document_router(
+    train: Sequence[Float[np.ndarray, "_ D"]], dev: Sequence[Float[np.ndarray, "_ D"]]
+) -> Router:
     """The router that places documents: one expert each, the kind that is right more often on held-out documents."""
     routers = [calibrate(fitted, dev) for fitted in (centroid_router(train), fit_learned(train))]
     best = max(routers, key=lambda router: quality(router, dev)["accuracy"])
@@ -193,5 +197,3 @@ def dev_ndcg(
                 for hit in top[row].tolist()
             }
     return np.array([*metrics.per_query(dev.judged.qrels, run, (metrics.NDCG,))[metrics.NDCG].values()])
-
-

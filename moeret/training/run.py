@@ -27,6 +27,7 @@ from moeret.training.prepare import Prepared, prepare, read_domains, source_dige
 from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
 from moeret.training.towers import BothTowers, QueryTower
 
+
 def train(
     domains: dict[str, Path],
     out: Path,
@@ -169,7 +170,8 @@ def _publish_next(
 
 def _check_expert_config(config: TrainConfig, layers: int) -> None:
     require(
-        config.expert.layers <= layers, f"the base has {layers} layers; experts cannot change {config.expert.layers} of them"
+        config.expert.layers <= layers,
+        f"the base has {layers} layers; experts cannot change {config.expert.layers} of them",
     )
 
 
@@ -191,13 +193,12 @@ def _require_same(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
         )
 
 
-def _learn(
-    data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool
-) -> Fitted:
+def _learn(data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool) -> Fitted:
     base = embedder.base_encoder
     # A key made from the name, so that an expert starts alike whoever trains beside it.
     keys = [
-        jax.random.fold_in(jax.random.key(config.seed), int(artifact.fingerprint(own.name)[:7], 16)) for own in data.sets
+        jax.random.fold_in(jax.random.key(config.seed), int(artifact.fingerprint(own.name)[:7], 16))
+        for own in data.sets
     ]
     bank = experts.init_bank(base.config, config.expert, keys)
     tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)

@@ -37,9 +37,7 @@ class BothTowers:
     def __init__(self, data: Prepared, embedder: Embedder):
         self._embedder = embedder
         base = embedder.base_encoder
-        texts = [
-            base.prompts["document"] + document.contents for domain in data.domains for document in domain.corpus
-        ]
+        texts = [base.prompts["document"] + document.contents for domain in data.domains for document in domain.corpus]
         self.document_ids = base.tokenizer(texts)
         self._dev = []
         for own in data.dev:
