@@ -12,7 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent.parent / "BENCHMARKS.md"
-HEAD = "# Benchmarks\n\nEvery section is written by the script that it names. Ratios within one run hold; absolute times are of one machine.\n"
+HEAD = """# Benchmarks
+
+Every section is written by the script that it names. Ratios within one run hold; absolute times are of one machine.
+"""
 VERSIONS = (
     "moeret",
     "jax",

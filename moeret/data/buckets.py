@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 TOKENS_PER_BATCH = 512
 """Padded tokens in a batch: small enough for its temporaries to stay in a CPU's cache."""
@@ -21,20 +21,23 @@ def standard_edges(max_length: int) -> tuple[int, ...]:
     return (*(edge for edge in _LADDER if edge < max_length), max_length)
 
 
-def bucket_edges(lengths: Int[np.ndarray, "N"], buckets: int) -> tuple[int, ...]:
+def bucket_edges(
+    lengths: Int[np.ndarray, "N"], buckets: int, weights: Float[np.ndarray, "N"] | None = None
+) -> tuple[int, ...]:
     """At most `buckets` edges that pad these lengths with the fewest tokens (dynamic programming, exact).
 
-    best[j][i] = min over h < i of best[j-1][h] + edge_i * (number of texts between edge_h and edge_i); the texts' own
-    tokens are the same whatever the edges, so minimal padded tokens is minimal padding.
+    best[j][i] = min over h < i of best[j-1][h] + edge_i * (weight of the texts between edge_h and edge_i); the texts' own
+    tokens are the same whatever the edges, so minimal padded tokens is minimal padding. `weights` says how often each
+    text will be read; unless given, all are read alike.
     """
-    values, counts = np.unique(lengths, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])
+    values, which = np.unique(lengths, return_inverse=True)
+    below = np.concatenate([[0.0], np.cumsum(np.bincount(which, weights))])
     best = values * below[1:]  # one bucket up to each value
     choices: list[np.ndarray] = []
     for _ in range(min(buckets, len(values)) - 1):
         # cost[h, i]: the best with an edge at value h, and one more bucket from there to value i
         cost = best[:, None] + values[None, :] * (below[None, 1:] - below[1:, None])
-        cost = np.where(np.arange(len(values))[:, None] < np.arange(len(values))[None, :], cost, np.iinfo(np.int64).max)
+        cost = np.where(np.arange(len(values))[:, None] < np.arange(len(values))[None, :], cost, np.inf)
         choice = np.argmin(cost, axis=0)
         better = cost[choice, np.arange(len(values))]
         choices.append(np.where(better < best, choice, -1))

@@ -48,7 +48,9 @@ class BatchPlan:
         tokens: int = TOKENS_PER_BATCH,
     ) -> "BatchPlan":
         """A plan for each expert's query lengths (in tokens), with edges chosen from all of them."""
-        edges = bucket_edges(np.concatenate(lengths), TRAINING_BUCKETS)
+        # A step reads the same number of every expert's queries, so a small domain's lengths weigh as much as a large one's.
+        weights = np.concatenate([np.full(len(own), 1 / len(own)) for own in lengths])
+        edges = bucket_edges(np.concatenate(lengths), TRAINING_BUCKETS, weights)
         return cls(tuple(names), tuple(lengths), batch_size, seed, edges, tokens)
 
     def queries(self, expert: int, step: int) -> Int[np.ndarray, "B"]:
