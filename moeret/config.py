@@ -4,6 +4,7 @@ The command line is made from these classes, so a field's docstring is its help 
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,10 +110,8 @@ class IndexConfig:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values (tuples become lists)."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
-    }
+    """A dataclass as it reads back from JSON: tuples become lists, at any depth."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What routed search must beat: BM25 over the pool, and the base alone in one HNSW over the pool."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import bm25s
@@ -19,6 +20,7 @@ def bm25_system(retriever: Retriever) -> System:
     """BM25 (k1 1.2, b 0.75, English stop words, Snowball stems) over titles and texts of every document."""
     documents = retriever.documents(range(sum(retriever.sizes.values())))
     stemmer = Stemmer.Stemmer("english")
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
 
     def tokens(texts: list[str]):
         return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -69,7 +69,7 @@ def train(
         query_router, report = choose_query_router(
             [profile.train_queries for profile in data.profiles],
             [profile.dev_queries for profile in data.profiles],
-            DevSearch(data.dev, embedder.with_bank(experts.with_base(trained.bank)), data.pool)
+            DevSearch(data.dev, embedder.with_bank(experts.with_base(trained.fitted.bank)), data.pool)
             if config.tower == "query"
             else None,
         )
@@ -193,7 +193,14 @@ def _require_same(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
         )
 
 
-def _learn(data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool) -> Fitted:
+class Learned(NamedTuple):
+    """Experts at their best steps, and how their scores tell relevance (None where they need not)."""
+
+    fitted: Fitted
+    calibration: Sequence[tuple[float, float] | None]
+
+
+def _learn(data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool) -> Learned:
     base = embedder.base_encoder
     # A key made from the name, so that an expert starts alike whoever trains beside it.
     keys = [
@@ -212,15 +219,16 @@ def _learn(data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, 
         config,
         data_mesh(),
     )
-    return fit(bank, batches, tower.evaluate, config, work, show_progress_bar=show_progress_bar)
+    fitted = fit(bank, batches, tower.evaluate, config, work, show_progress_bar=show_progress_bar)
+    return Learned(fitted, tower.calibration(fitted.bank))
 
 
 def _write_experts(
-    draft: Draft, data: Prepared, trained: Fitted, config: TrainConfig, domains: dict[str, Path]
+    draft: Draft, data: Prepared, trained: Learned, config: TrainConfig, domains: dict[str, Path]
 ) -> list[dict[str, Any]]:
     entries = []
     for number, own in enumerate(data.domains):
-        deltas = experts.flatten(experts.take(trained.bank, number))
+        deltas = experts.flatten(experts.take(trained.fitted.bank, number))
         profile = {
             field.name: np.ascontiguousarray(getattr(data.profiles[number], field.name))
             for field in dataclasses.fields(Profile)
@@ -232,9 +240,10 @@ def _write_experts(
                 "profile": draft.add(f"profiles/{own.name}.safetensors", lambda path, t=profile: save_file(t, path)),
                 "documents": len(own.corpus),
                 "train_queries": len(own.splits["train"].queries),
-                "base_dev_ndcg": round(float(trained.base_dev[number]), 5),
-                "dev_ndcg": round(float(trained.dev[number]), 5),
-                "step": int(trained.steps[number]),
+                "base_dev_ndcg": round(float(trained.fitted.base_dev[number]), 5),
+                "dev_ndcg": round(float(trained.fitted.dev[number]), 5),
+                "step": int(trained.fitted.steps[number]),
+                "calibration": trained.calibration[number],
                 "request": {**to_json(config), f"domain {own.name}": source_digests(domains[own.name])},
             }
         )

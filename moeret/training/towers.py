@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 
 from moeret.models.embed import Embedder
 from moeret.models.experts import Bank, with_base
+from moeret.training.calibration import fit_logistic
 from moeret.training.prepare import Prepared
 from moeret.training.routing import DevSet, dev_ndcg
 
@@ -31,6 +32,11 @@ class QueryTower:
         return scores
 
 
+    def calibration(self, bank: Bank) -> list[None]:
+        """One document space needs none."""
+        return [None] * len(self._data.dev)
+
+
 class BothTowers:
     """An expert encodes its documents too: dev is exact search among its domain's candidates, encoded anew at each look."""
 
@@ -49,14 +55,31 @@ class BothTowers:
 
     def evaluate(self, bank: Bank, active: Bool[np.ndarray, "E"]) -> Float[np.ndarray, "E"]:
         """Dev nDCG@10 of the active experts among their candidates; 0 for the others."""
-        embedder = self._embedder.with_bank(with_base(bank))
         scores = np.zeros(len(active), np.float32)
         for number in np.flatnonzero(active):
-            own, texts = self._dev[number]
-            queries = embedder.mixed(own.texts, *_only(number, len(own.texts)))
-            documents = embedder.mixed(texts, *_only(number, len(texts)))
-            scores[number] = dev_ndcg(own, queries, documents).mean()
+            scores[number] = dev_ndcg(self._dev[number][0], *self._encoded(bank, number)).mean()
         return scores
+
+    def calibration(self, bank: Bank) -> list[tuple[float, float]]:
+        """(slope, intercept) of each expert: its scores against relevance, for each dev query's best candidates."""
+        fitted = []
+        for number, (own, _) in enumerate(self._dev):
+            queries, documents = self._encoded(bank, number)
+            scores = queries @ documents.T
+            relevant = np.array([[judged.get(id, 0) > 0 for id in own.ids] for judged in own.judged.qrels.values()])
+            depth = min(CANDIDATES, scores.shape[1])
+            shown = relevant | (scores >= np.partition(scores, -depth, axis=1)[:, [-depth]])
+            fitted.append(fit_logistic(scores[shown], relevant[shown]))
+        return fitted
+
+    def _encoded(self, bank: Bank, number: int) -> tuple[Float[np.ndarray, "Q D"], Float[np.ndarray, "C D"]]:
+        """An expert's dev queries and their candidates."""
+        own, texts = self._dev[number]
+        embedder = self._embedder.with_bank(with_base(bank))
+        return (
+            embedder.mixed(own.texts, *_only(number, len(own.texts))),
+            embedder.mixed(texts, *_only(number, len(texts))),
+        )
 
 
 def _only(number: int, count: int) -> tuple[Int[np.ndarray, "N 1"], Float[np.ndarray, "N 1"]]:

@@ -1,0 +1,59 @@
+"""The contrastive losses against a plain reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from moeret.training.losses import decoupled_softmax, pooled_decoupled_softmax
+
+
+def reference(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Each positive against all negatives, one at a time, in float64."""
+    out = np.zeros(len(scores))
+    for row, (own, positive) in enumerate(zip(scores.astype(np.float64), positives, strict=True)):
+        negatives = np.exp(own[~positive]).sum()
+        losses = [-np.log(np.exp(s) / (np.exp(s) + negatives)) for s in own[positive]]
+        out[row] = np.mean(losses) if losses else 0.0
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hnp.arrays(np.float32, (3, 5), elements=st.floats(-8, 8, width=32)),
+    hnp.arrays(np.bool_, (3, 5)),
+)
+def test_every_positive_competes_with_all_negatives_and_no_other_positive(scores, positives):
+    loss = decoupled_softmax(jnp.asarray(scores), jnp.asarray(positives))
+    np.testing.assert_allclose(loss, reference(scores, positives), rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_the_pooled_form_equals_the_mask_form_in_value_and_gradient(seed, width):
+    random = np.random.default_rng(seed)
+    queries = jnp.asarray(random.normal(size=(4, 6)), jnp.float32)
+    documents = jnp.asarray(random.normal(size=(9, 6)), jnp.float32)
+    chosen = [random.choice(9, size=random.integers(0, width + 1), replace=False) for _ in range(4)]
+    positives = np.full((4, width), -1, np.int32)
+    mask = np.zeros((4, 9), bool)
+    for row, own in enumerate(chosen):
+        positives[row, : len(own)] = own
+        mask[row, own] = True
+
+    def pooled(q):
+        return pooled_decoupled_softmax(q, documents, jnp.asarray(positives), 0.5).sum()
+
+    def masked(q):
+        return decoupled_softmax(q @ documents.T / 0.5, jnp.asarray(mask)).sum()
+
+    np.testing.assert_allclose(pooled(queries), masked(queries), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(pooled)(queries), jax.grad(masked)(queries), rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_positive_is_plain_cross_entropy():
+    scores = jnp.asarray([[2.0, 0.0, -1.0]])
+    loss = decoupled_softmax(scores, jnp.asarray([[True, False, False]]))
+    np.testing.assert_allclose(loss, -jax.nn.log_softmax(scores)[:, 0], rtol=1e-6)

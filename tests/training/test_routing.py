@@ -1,0 +1,56 @@
+"""Fitting and choosing routers."""
+
+import numpy as np
+import pytest
+
+from moeret.models.router import centroid_router
+from moeret.training.calibration import fit_logistic
+from moeret.training.routing import calibrate, choose_document_router, choose_query_router, fit_learned, quality
+
+
+def clouds(seed: int, counts=(40, 400), spread=0.6) -> list[np.ndarray]:
+    """Unit vectors around two directions, one domain ten times the size of the other."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).normal(size=(len(counts), 8))
+    out = []
+    for centre, count in zip(centres, counts, strict=True):
+        own = centre / np.linalg.norm(centre) + spread * random.normal(size=(count, 8))
+        out.append((own / np.linalg.norm(own, axis=1, keepdims=True)).astype(np.float32))
+    return out
+
+
+def test_the_learned_router_separates_what_can_be_separated_whatever_the_domains_sizes():
+    router = fit_learned(clouds(1))
+    assert quality(router, clouds(2, spread=0.2))["accuracy"] > 0.98
+
+
+@pytest.mark.parametrize("fit", [centroid_router, fit_learned])
+def test_calibration_never_raises_the_log_loss_on_its_own_data(fit):
+    router, dev = fit(clouds(1)), clouds(3)
+    assert quality(calibrate(router, dev), dev)["log_loss"] <= quality(router, dev)["log_loss"] + 1e-9
+
+
+def test_calibration_does_not_change_who_is_best():
+    router, dev = fit_learned(clouds(1)), clouds(3)
+    for own in dev:
+        assert (router.probabilities(own).argmax(1) == calibrate(router, dev).probabilities(own).argmax(1)).all()
+
+
+def test_the_report_names_the_better_router():
+    router, report = choose_query_router(clouds(1), clouds(2))
+    best = max(("centroids", "learned"), key=lambda kind: report[kind]["accuracy"])
+    assert report[report["chosen"]]["accuracy"] == report[best]["accuracy"] and router.kind == report["chosen"]
+
+
+def test_documents_get_one_expert_each():
+    router = choose_document_router(clouds(1), clouds(2))
+    _, weights, _ = router.choose(router.probabilities(clouds(4)[0]))
+    assert weights.shape[1] == 1 and set(np.unique(weights)) <= {0.0, 1.0}
+
+
+def test_logistic_calibration_recovers_the_curve_that_made_the_data():
+    random = np.random.default_rng(0)
+    scores = random.uniform(-1, 1, 20_000)
+    relevant = random.uniform(size=len(scores)) < 1 / (1 + np.exp(-(4 * scores - 1)))
+    slope, intercept = fit_logistic(scores, relevant)
+    assert abs(slope - 4) < 0.3 and abs(intercept + 1) < 0.1

@@ -1,0 +1,173 @@
+"""Training runs: cut off, resumed, repeated; experts added and removed."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moeret
+from moeret import artifact
+from moeret.training import checkpoint, loop
+
+
+@pytest.fixture(scope="module")
+def short(train_config):
+    """A run with several checkpoints that takes a moment."""
+    return dataclasses.replace(train_config, steps=12, evaluate_every=4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two_domains, base_folder, short, tmp_path_factory):
+    """The model that a run makes when nothing happens to it."""
+    return moeret.train(two_domains, tmp_path_factory.mktemp("undisturbed") / "m", base=str(base_folder), config=short)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("cut_at", [1, 5, 9])
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
+    two_domains, base_folder, short, undisturbed, tmp_path, monkeypatch, cut_at
+):
+    def explode(*arguments, calls=[0]):  # noqa: B006 (counts calls)
+        calls[0] += 1
+        if calls[0] == cut_at:
+            raise RuntimeError("power cut")
+        return update(*arguments)
+
+    update = loop.update
+    monkeypatch.setattr(loop, "update", explode)
+    with pytest.raises(RuntimeError, match="power cut"):
+        moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
+    monkeypatch.setattr(loop, "update", update)
+    again = moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
+    assert again.fingerprint == undisturbed.fingerprint
+    steps = [json.loads(line)["step"] for line in (tmp_path / "m/training/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_an_interrupt_saves_the_last_whole_step(two_domains, base_folder, short, undisturbed, tmp_path, monkeypatch):
+    def interrupt(*arguments, calls=[0]):  # noqa: B006 (counts calls)
+        calls[0] += 1
+        if calls[0] == 7:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    update = loop.update
+    monkeypatch.setattr(loop, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
+    monkeypatch.setattr(loop, "update", update)
+    assert sorted(int(path.name) for path in (tmp_path / "m/training/checkpoints").iterdir())[-1] == 6
+    again = moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
+    assert again.fingerprint == undisturbed.fingerprint
+
+
+def test_a_killed_process_goes_on(two_domains, base_folder, train_config, tmp_path):
+    """kill -9 once the second checkpoint is there; the rerun must not start over."""
+    command = [sys.executable, "-m", "moeret.cli", "train", "--out", str(tmp_path / "m"), "--base", str(base_folder)]
+    command += ["--domain", *(f"{name}={path}" for name, path in two_domains.items())]
+    command += ["--steps", "400", "--batch-size", "16", "--evaluate-every", "5", "--patience", "100", "--expert.layers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "m/training/checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (folder / "10").is_dir():
+        assert process.poll() is None, "training ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not artifact.exists(tmp_path / "m")
+    with pytest.raises(moeret.ArtifactError, match="holds no finished model"):
+        moeret.Model.load(tmp_path / "m")
+    process = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    first = json.loads(process.stdout)
+    log = [json.loads(line) for line in (tmp_path / "m/training/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 401))
+    assert [entry["name"] for entry in first["experts"]] == [*two_domains]
+
+
+def test_a_finished_run_is_returned_and_other_arguments_are_refused(two_domains, base_folder, short, undisturbed):
+    root = undisturbed.root
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert moeret.train(two_domains, root, base=str(base_folder), config=short).fingerprint == undisturbed.fingerprint
+    with pytest.raises(moeret.ConfigError, match=r"finished model made with other arguments \(steps 12 -> 13\)"):
+        moeret.train(two_domains, root, base=str(base_folder), config=dataclasses.replace(short, steps=13))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_an_unfinished_run_refuses_other_arguments(two_domains, base_folder, short, tmp_path, monkeypatch):
+    def explode(*arguments):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(loop, "update", explode)
+    with pytest.raises(RuntimeError, match="power cut"):
+        moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
+    with pytest.raises(moeret.ConfigError, match=r"unfinished run with other arguments \(seed 0 -> 1\)"):
+        moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=dataclasses.replace(short, seed=1))
+
+
+def test_a_damaged_checkpoint_is_named(two_domains, base_folder, short, tmp_path, monkeypatch):
+    def explode(self, step, tree):
+        save(self, step, tree)
+        raise RuntimeError("power cut")
+
+    save = checkpoint.Checkpoints.save
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", explode)
+    with pytest.raises(RuntimeError, match="power cut"):
+        moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    data = [path for path in (tmp_path / "m/training/checkpoints/4").rglob("*") if path.is_file() and path.stat().st_size > 500]
+    for path in data:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(moeret.CheckpointError, match="checkpoint 4"):
+        moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
+
+
+def test_adding_and_removing_an_expert_leaves_the_others_alone(model_folder, domains, short, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    before, old = digests(tmp_path / "m"), moeret.Model.load(tmp_path / "m")
+    texts = ["find the metal nick3", "apple"]
+    vectors = {name: old.encode_query(texts, expert=name) for name in old.experts}
+
+    added = moeret.add_expert(tmp_path / "m", "river", domains["river"], config=short)
+    assert [entry["name"] for entry in added.meta["experts"]] == ["fruit", "metal", "river"]
+    new = moeret.Model.load(tmp_path / "m")
+    for name, own in vectors.items():
+        np.testing.assert_array_equal(new.encode_query(texts, expert=name), own)
+    assert {name: digest for name, digest in digests(tmp_path / "m").items() if name in before and "router" not in name} == {
+        name: digest for name, digest in before.items() if "router" not in name
+    }
+    assert new.route(["which river is nick2"])[0].probabilities["river"] > 0.3
+    assert moeret.add_expert(tmp_path / "m", "river", domains["river"], config=short).fingerprint == added.fingerprint
+
+    moeret.remove_expert(tmp_path / "m", "river")
+    back = moeret.Model.load(tmp_path / "m")
+    assert back.experts == old.experts
+    assert {k: v for k, v in digests(tmp_path / "m").items() if "router" not in k} == {
+        k: v for k, v in before.items() if "router" not in k
+    }
+    with pytest.raises(moeret.ConfigError, match="there is no expert 'river'"):
+        moeret.remove_expert(tmp_path / "m", "river")
+
+
+def test_no_expert_is_worse_than_the_base_on_dev(undisturbed):
+    assert all(entry["dev_ndcg"] >= entry["base_dev_ndcg"] for entry in undisturbed.meta["experts"])
+
+
+def test_training_never_opens_the_test_split(two_domains, base_folder, short, tmp_path):
+    for name, path in two_domains.items():
+        shutil.copytree(path, tmp_path / name)
+        (tmp_path / name / "qrels/test.tsv").write_text("unreadable\n")
+    blind = {name: tmp_path / name for name in two_domains}
+    moeret.train(blind, tmp_path / "m", base=str(base_folder), config=short)

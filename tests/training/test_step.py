@@ -1,0 +1,86 @@
+"""A training step on one device and on several, of one expert and of many."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from moeret.errors import ConfigError
+from moeret.models import experts
+from moeret.models.embed import Embedder
+from moeret.models.pretrained import load_base
+from moeret.training.batches import Batches
+from moeret.training.mesh import data_mesh, replicate
+from moeret.training.prepare import prepare, read_domains
+from moeret.training.step import TrainState, add_batch, make_optimizer, update, zero_totals
+from moeret.training.towers import BothTowers
+
+
+@pytest.fixture(scope="module")
+def prepared(base_folder, domains, train_config, tmp_path_factory):
+    """Embedder and data of all three domains, for either tower."""
+    embedder = Embedder(load_base(str(base_folder), base_folder), {})
+    config = dataclasses.replace(train_config, tower="both")
+    cache = tmp_path_factory.mktemp("vectors")
+    return embedder, prepare(read_domains(domains), embedder, config, cache, show_progress_bar=False)
+
+
+def run_steps(prepared, config, names, devices, steps=3):
+    """(losses of the last step, bank) after a few steps of the named experts on so many devices."""
+    embedder, data = prepared
+    sets = [own for own in data.sets if own.name in names]
+    keys = [jax.random.key(ord(own.name[0])) for own in sets]
+    base = embedder.base_encoder
+    bank = experts.init_bank(base.config, config.expert, keys)
+    mesh = data_mesh(jax.devices()[:devices])
+    ids = BothTowers(data, embedder).document_ids if config.tower == "both" else None
+    layers = experts.trunk_layers(bank, base.config)
+    batches = Batches(base.graph, layers, base.params, data.pool, ids, sets, config, mesh)
+    optimizer = make_optimizer(config)
+    state = replicate(mesh, TrainState(bank, optimizer.init(bank)))
+    active = np.ones(len(sets), bool)
+    for step in range(steps):
+        totals = replicate(mesh, zero_totals(state.bank))
+        for expert, batch in batches.step(step, active):
+            totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
+        state = update(optimizer, state, totals.gradients, jax.numpy.asarray(active))
+    return np.asarray(totals.losses), jax.device_get(state.bank)
+
+
+@pytest.mark.parametrize("tower", ["query", "both"])
+def test_a_sharded_step_equals_the_one_device_step(prepared, train_config, tower):
+    config = dataclasses.replace(train_config, tower=tower, hard_negatives=2)
+    one, one_bank = run_steps(prepared, config, ("fruit", "metal"), devices=1)
+    four, four_bank = run_steps(prepared, config, ("fruit", "metal"), devices=4)
+    np.testing.assert_allclose(four, one, rtol=1e-5)
+    # Adam divides by the gradient's own size, so rounding near zero gradients may grow to a share of the step.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), four_bank, one_bank)
+
+
+@pytest.mark.parametrize("tower", ["query", "both"])
+def test_an_expert_trains_beside_others_as_it_does_alone(prepared, train_config, tower):
+    config = dataclasses.replace(train_config, tower=tower)
+    alone_loss, alone = run_steps(prepared, config, ("metal",), devices=1)
+    loss, together = run_steps(prepared, config, ("fruit", "metal", "river"), devices=1)
+    np.testing.assert_allclose(loss[1], alone_loss[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b[0], atol=2e-3), together, alone)
+
+
+def test_a_stopped_expert_keeps_its_weights(prepared, train_config):
+    embedder, data = prepared
+    base = embedder.base_encoder
+    bank = experts.init_bank(base.config, train_config.expert, [jax.random.key(0), jax.random.key(1)])
+    optimizer = make_optimizer(train_config)
+    gradients = jax.tree.map(jax.numpy.ones_like, bank)
+    state = TrainState(jax.tree.map(jax.numpy.copy, bank), optimizer.init(bank))
+    for _ in range(2):  # the first step of the warm-up has rate 0
+        state = update(optimizer, state, jax.tree.map(jax.numpy.copy, gradients), jax.numpy.asarray([True, False]))
+    moved = jax.tree.map(lambda new, old: (bool((new[0] != old[0]).all()), bool((new[1] == old[1]).all())), state.bank, bank)
+    assert all(pair == (True, True) for pair in jax.tree.leaves(moved, is_leaf=lambda leaf: isinstance(leaf, tuple)))
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(prepared, train_config):
+    config = dataclasses.replace(train_config, tower="both", batch_size=6)
+    with pytest.raises(ConfigError, match="batch_size 6 cannot be split over 4 devices"):
+        run_steps(prepared, config, ("fruit",), devices=4)
