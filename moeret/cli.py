@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
-from moeret.config import IndexConfig, TrainConfig, require
+from moeret.config import DEFAULT_BASE, IndexConfig, RouteMode, TrainConfig, require
 from moeret.data.beir import parse_domains
 from moeret.errors import MoeretError
-from moeret.evaluation.benchmark import RouteMode
-from moeret.models.pretrained import DEFAULT_BASE
 
 Domains = tyro.conf.UseAppendAction[list[tuple[str, ...]]]
 Flat = tyro.conf.arg(name="")
@@ -103,7 +102,9 @@ class ExpertsAdd:
     def run(self) -> None:
         from moeret.training.run import add_expert
 
-        for name, path in parse_domains([item for group in self.domain for item in group]).items():
+        domains = parse_domains([item for group in self.domain for item in group])
+        require(bool(domains), "there is no domain to add; give at least one --domain NAME=BEIR_DIR")
+        for name, path in domains.items():
             published = add_expert(self.model, name, path, config=self.config, show_progress_bar=not self.json)
         _print_experts(published.meta, self.json)
 
@@ -321,13 +322,13 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         _OUT.print(f"moeret {version('moeret')}")
         return
-    command = tyro.cli(
-        Command,
-        prog="moeret",
-        description="Mixture-of-experts routed retrieval.",
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
     try:
+        command = tyro.cli(
+            Command,
+            prog="moeret",
+            description="Mixture-of-experts routed retrieval.",
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
         command.run()
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -336,6 +337,8 @@ def main() -> None:
         _fail(str(error))
     except FloatingPointError as error:
         _fail(str(error))
+    except SafetensorError as error:  # the safetensors library's own word for a disk that is full
+        _fail(f"{error}; nothing published was changed")
     except OSError as error:
         _fail(
             f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; nothing published was changed"

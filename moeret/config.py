@@ -14,6 +14,10 @@ MATRICES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out")
 """The matrices of a transformer layer that an expert can change."""
 
 Tower = Literal["query", "both"]
+RouteMode = Literal["auto", "oracle", "base", "all"]
+
+DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+"""The base encoder unless another is named."""
 
 
 def require(holds: bool, message: str) -> None:

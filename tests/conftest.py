@@ -1,6 +1,7 @@
 """A tiny base encoder and tiny domains, made on the spot: the whole suite runs offline on a CPU."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -8,6 +9,11 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
+# Many tests compile the same small programs; kept beside pytest's own cache, for child processes too.
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from moeret import metrics
-from moeret.config import require
+from moeret.config import RouteMode, require
 from moeret.data.beir import Judged, read_domain
 from moeret.errors import DataError
 from moeret.evaluation.baselines import base_system, bm25_system
@@ -17,7 +17,6 @@ from moeret.progress import progress_bar
 from moeret.retrieval.search import Retriever, Searched
 from moeret.types import Document, Hit
 
-RouteMode = Literal["auto", "oracle", "base", "all"]
 _DEPTH = 100
 _QUERIES_AT_ONCE = 512
 
@@ -95,10 +94,18 @@ def _run_of(test: TestSet, query: str, text: str, hits: Sequence[Hit]) -> dict[s
     for hit in hits:
         document = test.documents.get(hit.id)
         if document is None or (document.title, document.text) != (hit.title, hit.text):
-            run[f"{hit.expert}/{hit.id}"] = hit.score
+            run[_foreign(test, hit)] = hit.score
         elif hit.id != query or _words(text) not in (_words(document.text), _words(document.contents)):
             run[hit.id] = hit.score
     return dict(list(run.items())[:_DEPTH])
+
+
+def _foreign(test: TestSet, hit: Hit) -> str:
+    """A name for another domain's document that none of the domain's own documents has."""
+    name = f"{hit.expert}/{hit.id}"
+    while name in test.documents:
+        name = f"/{name}"
+    return name
 
 
 def _words(text: str) -> list[str]:
@@ -166,7 +173,7 @@ def evaluate(
         routed, oracle = results["auto"].table(), results["oracle"].table()
         report["regret"] = {name: oracle[name][NDCG] - routed[name][NDCG] for name in oracle}
     if run_file:
-        metrics.write_run(run_file, _one_run(results[route].runs))
+        metrics.write_run(run_file, _one_run(sets, results[route].runs))
     return report
 
 
@@ -224,12 +231,14 @@ def _cost(retriever: Retriever, searched: dict[str, Searched]) -> dict[str, floa
     return {"indexes": float(indexes), "documents_share": float(share), "indexes_total": len(retriever.sizes)}
 
 
-def _one_run(runs: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+def _one_run(sets: Sequence[TestSet], runs: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """All domains' runs as one; with several domains every id gets its domain in front, since ids may meet."""
-    if len(runs) == 1:
-        return next(iter(runs.values()))
+    if len(sets) == 1:
+        return runs[sets[0].name]
     return {
-        f"{name}/{query}": {id if "/" in id else f"{name}/{id}": score for id, score in hits.items()}
-        for name, run in runs.items()
-        for query, hits in run.items()
+        f"{test.name}/{query}": {
+            f"{test.name}/{id}" if id in test.documents else id: score for id, score in hits.items()
+        }
+        for test in sets
+        for query, hits in runs[test.name].items()
     }

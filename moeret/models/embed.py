@@ -90,21 +90,22 @@ class Embedder:
                 advance(len(rows))
         return _unit_rows(out) if normalize else out
 
-    def routed(self, texts: Sequence[str], choose: Choose) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
-        """(base, merged) unit embeddings; the lower layers are read once for both.
+    def routed(
+        self, texts: Sequence[str], choose: Choose, *, normalize: bool = True
+    ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
+        """(base, merged) embeddings; the lower layers are read once for both.
 
-        `choose` sees the base embeddings of a batch and returns each row's experts and weights.
+        `choose` sees the unit base embeddings of a batch and returns each row's experts and weights.
         """
         base, merged = (np.empty((len(texts), self.width), np.float32) for _ in range(2))
         for start, ids, batch in self._batches(texts):
             rows = start + batch.rows
             x, lengths = self._run_trunk(ids, batch)
-            base[rows] = _unit_rows(self._run_base(x, lengths)[: len(rows)])
-            experts, weights = choose(base[rows])
-            merged[rows] = base[rows]
+            base[rows] = merged[rows] = self._run_base(x, lengths)[: len(rows)]
+            experts, weights = choose(_unit_rows(base[rows]))
             if weights.any():
-                merged[rows] = _unit_rows(self._run_branch(x, lengths, experts, weights)[: len(rows)])
-        return base, merged
+                merged[rows] = self._run_branch(x, lengths, experts, weights)[: len(rows)]
+        return (_unit_rows(base), _unit_rows(merged)) if normalize else (base, merged)
 
     def _batches(self, texts: Sequence[str]):
         for start in range(0, len(texts), _CHUNK):

@@ -118,7 +118,7 @@ class Model:
         normalize = normalize_embeddings or self.base.config.normalize
         with progress_bar("Encoding", len(texts), shown=show_progress_bar, unit="texts") as advance:
             if isinstance(expert, str) and expert == "auto":
-                _, vectors = self.embedder.routed(texts, self.choose)
+                _, vectors = self.embedder.routed(texts, self.choose, normalize=normalize)
                 return vectors
             numbers, weights = self.mixture(expert, len(texts))
             if not weights.any():

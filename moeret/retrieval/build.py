@@ -1,5 +1,7 @@
 """The indexing job: corpora and a model in, a published index out."""
 
+import contextlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -45,7 +47,7 @@ def build_index(
     Raises:
       DataError: a corpus that cannot be used, or one id twice in one expert's index.
       ConfigError: a domain without an expert; or `out` is an index made from other things and `overwrite` is not set.
-      ArtifactError, BusyError: the model is damaged, or another process is building there.
+      ArtifactError, BusyError: the model is damaged, `out` is one, or another process is building there.
     """
     config = config or IndexConfig()
     require(bool(domains or corpora), "there is nothing to index; give --domain NAME=BEIR_DIR or --corpus FILE.jsonl")
@@ -75,7 +77,7 @@ def build_index(
             placed = _place(loaded, placed, loose, vectors)
         meta = _write(draft, loaded, published, placed, config, show_progress_bar)
         finished = draft.publish({**meta, "config": to_json(config), "request": request})
-        shutil.rmtree(out / WORK, ignore_errors=True)
+        _remove_work(out / WORK)
         return finished
 
 
@@ -112,7 +114,7 @@ def _finished(out: Path, request: dict[str, Any], overwrite: bool) -> Artifact |
     try:
         finished = artifact.read(out, KIND)
     except ArtifactError:
-        if overwrite:
+        if overwrite and _kind(out) in (KIND, None):  # a damaged index, never a model
             return None
         raise
     if finished.meta["request"] == request:
@@ -123,6 +125,21 @@ def _finished(out: Path, request: dict[str, Any], overwrite: bool) -> Artifact |
         "choose another directory, or replace it with --overwrite",
     )
     return None
+
+
+def _kind(out: Path) -> str | None:
+    """What the manifest at `out` says it is; None if it cannot be read."""
+    try:
+        return json.loads((out / artifact.MANIFEST).read_text())["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove_work(work: Path) -> None:
+    """Deletes the kept vectors, and nothing that someone else may have in the same folder."""
+    shutil.rmtree(work / VECTORS, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vectors: _Vectors) -> Placed:

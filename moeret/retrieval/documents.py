@@ -1,5 +1,7 @@
 """Ids, titles and texts of an index's documents, by row: an SQLite file that is never written again."""
 
+import contextlib
+import errno
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
@@ -15,14 +17,21 @@ _ROWS_AT_ONCE = 500
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
-    """Writes documents as rows 0, 1, 2, ..."""
-    with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA journal_mode = OFF")
-        connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("CREATE TABLE documents (row INTEGER PRIMARY KEY, id TEXT, title TEXT, text TEXT)")
-        rows = ((row, document.id, document.title, document.text) for row, document in enumerate(documents))
-        connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
-    connection.close()
+    """Writes documents as rows 0, 1, 2, ...
+
+    Raises:
+      OSError: the file cannot be written, as on a full disk.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode = OFF")
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("CREATE TABLE documents (row INTEGER PRIMARY KEY, id TEXT, title TEXT, text TEXT)")
+            rows = ((row, document.id, document.title, document.text) for row, document in enumerate(documents))
+            connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
+            connection.commit()
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 class DocumentStore:

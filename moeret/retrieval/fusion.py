@@ -47,4 +47,6 @@ def _scores(ranking: Ranking, fusion: Fusion) -> Float[np.ndarray, "K"]:
         return ranking.scores
     if fusion == "rrf":
         return ranking.weight / (RRF_K + 1 + np.arange(len(ranking.rows)))
-    return ranking.weight / (1 + np.exp(-(ranking.slope * ranking.scores + ranking.intercept)))
+    # In float64 and without an exponential that overflows: a steep slope must neither warn nor tie far-apart scores.
+    logits = ranking.slope * ranking.scores.astype(np.float64) + ranking.intercept
+    return ranking.weight * np.exp(-np.logaddexp(0.0, -logits))

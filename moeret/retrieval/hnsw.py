@@ -7,6 +7,7 @@ file's header is checked against the manifest before hnswlib, which trusts it, r
 searches may run in any number of threads.
 """
 
+import errno
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,11 +70,14 @@ class Segment:
 def exact_search(
     queries: Float[np.ndarray, "Q D"], vectors: Float[np.ndarray, "V D"], k: int, at_once: int = 256
 ) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
-    """The k vectors with the largest dot products, best first, and these products."""
+    """The k vectors with the largest dot products, best first, and these products; equal ones in their order."""
     found, best = [], []
     for start in range(0, len(queries), at_once):
         scores = queries[start : start + at_once] @ vectors.T
         top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        own = np.take_along_axis(scores, top, axis=1)
+        tied = (scores >= own.min(axis=1, keepdims=True)).sum(axis=1) > k  # the k-th score comes again beyond k
+        top[tied] = np.argsort(-scores[tied], axis=1, kind="stable")[:, :k]
         own = np.take_along_axis(scores, top, axis=1)
         order = np.lexsort((top, -own), axis=1)
         found.append(np.take_along_axis(top, order, axis=1))
@@ -111,7 +115,7 @@ def write_segment(draft: Draft, name: str, segment: Segment) -> dict[str, Any]:
         tensors["vectors"] = distinct
     else:
         entry["recall@10"] = _recall(segment.graph, distinct)
-        entry["graph"] = draft.add(f"segments/{name}.hnsw", lambda path: segment.graph.save_index(str(path)))
+        entry["graph"] = draft.add(f"segments/{name}.hnsw", lambda path: _save(segment.graph, path))
     entry["table"] = draft.add(f"segments/{name}.safetensors", lambda path: save_file(tensors, path))
     return entry
 
@@ -160,6 +164,13 @@ def _recall(graph: hnswlib.Index, vectors: np.ndarray) -> float:
     except RuntimeError:  # fewer than k within reach: such searches are done exactly
         return 1.0
     return float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found.tolist(), strict=True)]))
+
+
+def _save(graph: hnswlib.Index, path: Path) -> None:
+    graph.save_index(str(path))
+    written, whole = path.stat().st_size, graph.index_file_size()
+    if written != whole:  # hnswlib does not notice a full disk
+        raise OSError(errno.ENOSPC, f"only {written} of {whole} bytes could be written", str(path))
 
 
 def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> hnswlib.Index:

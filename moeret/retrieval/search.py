@@ -20,6 +20,9 @@ from moeret.retrieval.fusion import Fusion, Ranking, fuse
 from moeret.retrieval.hnsw import Segment, read_segment
 from moeret.types import BASE_EXPERT, Document, Hit, Route
 
+_LEAST_WEIGHT = 1e-6
+"""Of an index that must be searched although the router's probability for it vanishes."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
@@ -243,5 +246,5 @@ def _weight(name: str, route: Route, indexes: Collection[str]) -> float:
     base's own index, of documents that no expert owns, always is.
     """
     if not any(expert in indexes for expert in route.experts):
-        return route.probabilities.get(name, 1 / (1 + len(route.probabilities)))
+        return max(route.probabilities.get(name, 1 / (1 + len(route.probabilities))), _LEAST_WEIGHT)
     return route.experts.get(name, 0.0) if name != BASE_EXPERT else 1.0

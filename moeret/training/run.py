@@ -12,13 +12,13 @@ from safetensors.numpy import save_file
 
 from moeret import artifact
 from moeret.artifact import Artifact, Draft
-from moeret.config import TrainConfig, differences, require, to_json
+from moeret.config import DEFAULT_BASE, TrainConfig, differences, require, to_json
 from moeret.data.beir import check_name
 from moeret.errors import ConfigError
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile
-from moeret.models.pretrained import DEFAULT_BASE, base_files, find_base, load_base
+from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
 from moeret.training.batches import Batches
 from moeret.training.loop import Fitted, fit

@@ -76,7 +76,9 @@ def test_a_stopped_expert_keeps_its_weights(prepared, train_config):
     state = TrainState(jax.tree.map(jax.numpy.copy, bank), optimizer.init(bank))
     for _ in range(2):  # the first step of the warm-up has rate 0
         state = update(optimizer, state, jax.tree.map(jax.numpy.copy, gradients), jax.numpy.asarray([True, False]))
-    moved = jax.tree.map(lambda new, old: (bool((new[0] != old[0]).all()), bool((new[1] == old[1]).all())), state.bank, bank)
+    moved = jax.tree.map(
+        lambda new, old: (bool((new[0] != old[0]).all()), bool((new[1] == old[1]).all())), state.bank, bank
+    )
     assert all(pair == (True, True) for pair in jax.tree.leaves(moved, is_leaf=lambda leaf: isinstance(leaf, tuple)))
 
 
