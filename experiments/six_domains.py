@@ -16,7 +16,7 @@ import tyro
 
 import moeret
 from moeret.metrics import NDCG, RECALL
-from scripts.benchmarks import markdown_table, write_section
+from scripts.benchmarks import FILE, markdown_table, write_block, write_section
 
 DOMAINS = ("scifact", "nfcorpus", "obliqa", "attack-cti", "esco-jobs", "nl2bash")
 GAIN, LOSS, REGRET = 0.10, 0.005, 0.02
@@ -51,6 +51,7 @@ def main() -> None:
     (arguments.out / "report.json").write_text(json.dumps(report, indent=1))
     seconds = {"train": trained - started, "index": indexed - trained, "evaluate": time.monotonic() - indexed}
     write_section("six-domains", "Six domains in one pool", _body(report, model, index, seconds))
+    write_block(FILE.with_name("README.md"), "results", _summary(report, index))
 
 
 def _body(report: dict, model, index, seconds: dict[str, float]) -> str:
@@ -87,6 +88,20 @@ def _body(report: dict, model, index, seconds: dict[str, float]) -> str:
     )
     parts.append(_checks(report, model, seconds))
     return "\n\n".join(parts)
+
+
+def _summary(report: dict, index) -> str:
+    systems, cost = report["systems"], report["cost"]
+    columns = ["", *(system["label"] for system in systems.values())]
+    rows = [
+        [f"{measure} x 100", *(f"{100 * system['mean'][measure]:.1f}" for system in systems.values())]
+        for measure in (NDCG, RECALL)
+    ]
+    return (
+        f"Unlabelled test queries of {', '.join(DOMAINS)} over one pool of {index.meta['documents']['count']:,} documents, "
+        f"mean over the domains; a routed query searches {cost['indexes']:.2f} of {cost['indexes_total']} indexes:\n\n"
+        + markdown_table(columns, rows)
+    )
 
 
 def _checks(report: dict, model, seconds: dict[str, float]) -> str:

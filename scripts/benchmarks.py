@@ -39,12 +39,17 @@ def write_section(name: str, title: str, body: str, extra_versions: dict[str, st
         f"- machine: {processor()}, {os.cpu_count()} cores, {memory_gib():.0f} GiB, Python {platform.python_version()}",
         f"- versions: {', '.join(f'{package} {number}' for package, number in versions.items())}",
     ]
+    if not FILE.is_file():
+        FILE.write_text(HEAD)
+    write_block(FILE, name, "\n".join([f"## {title}", "", *facts, "", body.strip()]))
+
+
+def write_block(file: Path, name: str, text: str) -> None:
+    """Replaces what stands between a file's comment lines of that name, or appends it with them."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    section = "\n".join([begin, f"## {title}", "", *facts, "", body.strip(), end])
-    text = FILE.read_text() if FILE.is_file() else HEAD
+    block, old = f"{begin}\n{text}\n{end}", file.read_text()
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    text = pattern.sub(lambda _: section, text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}\n"
-    FILE.write_text(text)
+    file.write_text(pattern.sub(lambda _: block, old) if pattern.search(old) else f"{old.rstrip()}\n\n{block}\n")
 
 
 def command() -> str:
