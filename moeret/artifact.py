@@ -22,7 +22,7 @@ from moeret.errors import ArtifactError, BusyError
 
 FORMAT = "moeret-1"
 MANIFEST = "manifest.json"
-_DIGESTED = re.compile(r"-[0-9a-f]{12}(\.[a-z0-9]+)?$")
+_DIGESTED = re.compile(r"-([0-9a-f]{12})(\.[a-z0-9]+)?$")
 _TEMPORARY = ".unfinished"
 
 
@@ -89,7 +89,7 @@ def read(root: Path, kind: str) -> Artifact:
         ) from None
     except OSError as error:
         raise ArtifactError(f"cannot read {manifest}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{manifest} is damaged ({type(error).__name__}: {error}); make the {kind} anew") from None
     if found != (FORMAT, kind):
         raise ArtifactError(f"{root} is a {found[1]} in format {found[0]}; expected a {kind} in format {FORMAT}")
@@ -104,8 +104,8 @@ def read(root: Path, kind: str) -> Artifact:
 
 def _check_file(artifact: Artifact, name: str, entry: FileEntry) -> None:
     relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise ArtifactError(f"{artifact.root / MANIFEST} names a file outside its directory: {name!r}")
+    if relative.is_absolute() or ".." in relative.parts or not name.isprintable():
+        raise ArtifactError(f"{artifact.root / MANIFEST} names no file of its directory: {name!r}")
     path = artifact.root / name
     try:
         if path.stat().st_size != entry.bytes:
@@ -212,7 +212,7 @@ class Draft:
             for folder in folders
             if folder.is_dir()
             for path in folder.iterdir()
-            if path.is_file() and (_DIGESTED.search(path.name) or path.name.endswith(_TEMPORARY))
+            if path.is_file() and _is_stray(path)
         }
         for name in (previous | strays) - self._files.keys():
             (self.root / name).unlink(missing_ok=True)
@@ -222,11 +222,18 @@ class Draft:
                 folder = folder.parent
 
 
+def _is_stray(path: Path) -> bool:
+    """Whether a writer of ours left this file: other people's names may end in twelve hex digits too (UUIDs, dates)."""
+    digits = _DIGESTED.search(path.name)
+    return path.name.endswith(_TEMPORARY) or (digits is not None and sha256_of(path).startswith(digits[1]))
+
+
 def _listed(root: Path) -> set[str]:
-    """The files that the manifest at `root` names; none where there is no readable manifest."""
+    """The files that the manifest at `root` names; none where there is no readable manifest of ours."""
     try:
-        names = json.loads((root / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        raw = json.loads((root / MANIFEST).read_text())
+        names = raw["files"].keys() if raw["format"] == FORMAT else ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()
     return {name for name in names if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts}
 
@@ -273,7 +280,7 @@ def writing(root: Path) -> Iterator[None]:
         file = (root / ".lock").open("w")
     except (FileExistsError, NotADirectoryError):
         raise ArtifactError(f"{root} cannot be a directory: a file is in the way; choose another path") from None
-    except PermissionError as error:
+    except OSError as error:
         raise ArtifactError(
             f"cannot write to {root}: {error.strerror}; choose a directory that you may write"
         ) from None

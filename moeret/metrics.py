@@ -53,6 +53,8 @@ def read_run(path: Path) -> dict[str, dict[str, float]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"cannot read {path}: it is not a text in UTF-8") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

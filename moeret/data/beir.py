@@ -198,7 +198,7 @@ def carve_dev(train: Judged, share: float = 0.1) -> tuple[Judged, Judged]:
     """
     if len(train.queries) < 2:
         raise DataError("a train split of one query leaves nothing for dev; give at least two judged queries")
-    chosen = set(sample_ids(train.queries, max(1, round(share * len(train.queries)))))
+    chosen = set(sample_ids(train.queries, min(max(1, round(share * len(train.queries))), len(train.queries) - 1)))
     dev = {query for query in train.queries if query in chosen}
     return _only(train, train.queries.keys() - dev), _only(train, dev)
 

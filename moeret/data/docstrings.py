@@ -21,6 +21,7 @@ from moeret.errors import DataError
 
 STANDARD_LIBRARY = "python"
 _SKIPPED = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor", "examples"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPLITS = {"train": 0.7, "dev": 0.15, "test": 0.15}
 
 
@@ -103,6 +104,7 @@ def _entry(name: str, docstring: str) -> Entry | None:
     first, _, rest = docstring.partition("\n\n")
     summary = " ".join(first.split())
     usable = 4 <= len(summary.split()) <= 40 and len(rest.strip()) >= 80 and summary.isprintable()
+    usable = usable and not _SURROGATE.search(rest)  # which no corpus may hold
     return Entry(name, summary, rest.strip()) if usable else None
 
 

@@ -1,0 +1,111 @@
+"""Buckets: edges pad as little as any could, and batches cover every text once in few shapes."""
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeret.data.buckets import Batch, bucket_edges, full_size, length_batches, pad, standard_edges
+
+lengths_of_texts = st.lists(st.integers(1, 12), min_size=1, max_size=20).map(np.array)
+
+
+def padded_tokens(lengths: np.ndarray, edges: tuple[int, ...], weights: np.ndarray) -> float:
+    return float(sum(w * min(e for e in edges if e >= n) for n, w in zip(lengths, weights, strict=True)))
+
+
+def fewest_padded_tokens(lengths: np.ndarray, buckets: int, weights: np.ndarray) -> float:
+    """The best of all choices of edges."""
+    *rest, last = sorted({*lengths.tolist()})
+    choices = [(*some, last) for count in range(min(buckets, len(rest) + 1)) for some in combinations(rest, count)]
+    return min(padded_tokens(lengths, edges, weights) for edges in choices)
+
+
+@settings(deadline=None)
+@given(lengths=lengths_of_texts, buckets=st.integers(1, 5))
+def test_no_edges_pad_less(lengths, buckets):
+    edges = bucket_edges(lengths, buckets)
+    ones = np.ones(len(lengths))
+    assert padded_tokens(lengths, edges, ones) == fewest_padded_tokens(lengths, buckets, ones)
+
+
+@settings(deadline=None)
+@given(lengths=lengths_of_texts, buckets=st.integers(1, 5), data=st.data())
+def test_no_edges_pad_less_where_texts_weigh_differently(lengths, buckets, data):
+    weight = st.floats(0, 10) | st.sampled_from([0.0, 1.0, 1000.0])
+    weights = np.array(data.draw(st.lists(weight, min_size=len(lengths), max_size=len(lengths))))
+    edges = bucket_edges(lengths, buckets, weights)
+    assert padded_tokens(lengths, edges, weights) == pytest.approx(fewest_padded_tokens(lengths, buckets, weights))
+
+
+@settings(deadline=None)
+@given(lengths=lengths_of_texts, buckets=st.integers(1, 20))
+def test_edges_are_few_rising_and_fit_every_text(lengths, buckets):
+    edges = bucket_edges(lengths, buckets)
+    assert 1 <= len(edges) <= buckets
+    assert list(edges) == sorted({*edges})
+    assert edges[-1] == lengths.max()
+    assert {*edges} <= {*lengths.tolist()}
+    assert all(type(edge) is int for edge in edges)
+
+
+def test_enough_buckets_pad_nothing():
+    lengths = np.array([5, 3, 9, 3, 5])
+    assert bucket_edges(lengths, 3) == bucket_edges(lengths, 100) == (3, 5, 9)
+
+
+@given(most=st.integers(1, 2000))
+def test_standard_edges_rise_gently_up_to_the_longest(most):
+    edges = standard_edges(most)
+    assert list(edges) == sorted({*edges})
+    assert edges[-1] == most
+    assert all(after <= 1.5 * before for before, after in pairwise(edges) if after <= 512)
+
+
+@given(edge=st.integers(1, 1000), tokens=st.integers(1, 2000))
+def test_a_full_batch_is_the_largest_power_of_two_in_the_budget(edge, tokens):
+    size = full_size(edge, tokens)
+    assert size.bit_count() == 1
+    assert size == 1 or size * edge <= tokens
+    assert 2 * size * edge > tokens
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=60).map(lambda own: np.array(own, np.int64)),
+    edges=st.sets(st.integers(1, 39), max_size=5).map(lambda own: (*sorted(own), 40)),
+    tokens=st.integers(1, 200),
+)
+def test_batches_cover_every_text_once_and_fit_their_shapes(lengths, edges, tokens):
+    batches = list(length_batches(lengths, edges, tokens))
+    rows = [row for batch in batches for row in batch.rows.tolist()]
+    assert sorted(rows) == list(range(len(lengths)))
+    for batch in batches:
+        assert batch.edge in edges
+        below = max((edge for edge in edges if edge < batch.edge), default=0)
+        own = lengths[batch.rows]
+        assert ((below < own) & (own <= batch.edge)).all()  # the smallest edge that fits
+        assert 1 <= len(batch.rows) <= batch.size <= full_size(batch.edge, tokens)
+        assert batch.size.bit_count() == 1
+        assert batch.size < 2 * len(batch.rows)
+    short = [batch.edge for batch in batches if batch.size < full_size(batch.edge, tokens)]
+    assert len(short) == len({*short})  # at most one batch a bucket is not full
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=12), data=st.data())
+def test_padded_texts_can_be_told_from_their_padding(ids, data):
+    ids = [np.array(own, np.int32) for own in ids]
+    rows = np.array(data.draw(st.lists(st.integers(0, len(ids) - 1), unique=True, min_size=1)))
+    edge = max(len(ids[row]) for row in rows) + data.draw(st.integers(0, 3))
+    size = len(rows) + data.draw(st.integers(0, 3))
+    padded, lengths = pad(ids, Batch(rows, edge, size))
+    assert padded.shape == (size, edge)
+    assert padded.dtype == lengths.dtype == np.int32
+    for position, row in enumerate(rows):
+        assert padded[position, : lengths[position]].tolist() == ids[row].tolist()
+        assert not padded[position, lengths[position] :].any()
+    assert (lengths[len(rows) :] == 1).all()  # no row is empty, so that a mean over it is a number
+    assert not padded[len(rows) :].any()
