@@ -37,7 +37,7 @@ def write_run(path: Path, run: Run, tag: str = "moeret") -> None:
     with path.open("w", encoding="utf-8") as file:
         for query, hits in run.items():
             last = np.inf
-            for rank, (document, score) in enumerate(hits.items(), start=1):
+            for rank, (document, score) in enumerate(sorted(hits.items(), key=lambda hit: -hit[1]), start=1):
                 last = min(float(score), float(np.nextafter(np.float32(last), np.float32(-np.inf))))
                 file.write(f"{_encode(query)} Q0 {_encode(document)} {rank} {last:.9g} {tag}\n")
 

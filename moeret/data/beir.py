@@ -168,7 +168,8 @@ def read_qrels(path: Path, queries: Any, documents: Any) -> Qrels:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             cells = line.rstrip("\r\n").split("\t")
-            if number == 1 or not line.strip():
+            header = number == 1 and not re.fullmatch(r"-?\d+", cells[-1])
+            if header or not line.strip():
                 continue
             if len(cells) != 3:
                 problems.add(

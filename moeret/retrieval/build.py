@@ -27,6 +27,8 @@ from moeret.retrieval.hnsw import build_segment, write_segment
 from moeret.types import BASE_EXPERT, Document
 
 KIND = "index"
+_WORK = "building"
+"""Subfolder of an index directory that keeps vectors until it is published."""
 
 
 def build_index(
@@ -72,12 +74,12 @@ def build_index(
         draft = Draft(out, KIND)
         total = sum(map(len, read.values())) + len(loose)
         with progress_bar("Embedding", total, shown=show_progress_bar, unit="documents") as advance:
-            vectors = _Vectors(loaded, published, out / WORK, advance)
+            vectors = _Vectors(loaded, published, out / _WORK, advance)
             placed = {name: (documents, vectors.of(documents, name)) for name, documents in read.items()}
             placed = _place(loaded, placed, loose, vectors)
         meta = _write(draft, loaded, published, placed, config, show_progress_bar)
         finished = draft.publish({**meta, "config": to_json(config), "request": request})
-        _remove_work(out / WORK)
+        _remove_work(out / _WORK)
         return finished
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -222,6 +223,8 @@ class Retriever:
                 route in self._segments,
                 f"this index has no documents of expert {route}; it has {', '.join(self._names)}",
             )
+        fusions = get_args(Fusion)
+        require(fusion is None or fusion in fusions, f"there is no fusion {fusion!r}; choose one of {', '.join(fusions)}")
         if self.model.tower == "both":
             require(
                 route != BASE_EXPERT, "the base cannot search this index: its documents are in their experts' spaces"

@@ -370,3 +370,8 @@ def test_a_sample_is_the_same_for_everybody_and_does_not_depend_on_what_was_left
     assert sample_ids(ids - gone, most) == chosen
     assert sample_ids(ids, most + 1)[:most] == chosen
     assert sample(judged(ids), most) == judged([id for id in ids if id in chosen])
+
+
+def test_qrels_without_a_header_lose_no_judgment(tmp_path):
+    (tmp_path / "q.tsv").write_text("q1\td1\t1\nq2\td2\t0\n")
+    assert read_qrels(tmp_path / "q.tsv", {"q1", "q2"}, {"d1", "d2"}) == {"q1": {"d1": 1}, "q2": {"d2": 0}}
