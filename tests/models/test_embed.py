@@ -1,0 +1,138 @@
+"""Embedding many texts: order, batching, routes and the cache change nothing."""
+
+import jax
+import numpy as np
+import pytest
+
+from moeret.config import ExpertConfig
+from moeret.models import embed, experts
+from moeret.models.embed import Embedder, cached_vectors
+from moeret.models.pretrained import load_base
+
+WORDS = ["apple", "iron", "rhine", "find", "the", "a", "very", "long", "story", "zinc", "plum", "kiwi"]
+TEXTS = [
+    " ".join(WORDS[n % 5 : n % 5 + length])
+    for n, length in enumerate([5, 7, 6, 8, 4, 10, 3, 9, 2, 8, 6, 6, 1, 9, 0, 8])
+]
+"""Eight texts for each of two buckets, by turns: few shapes to compile."""
+close = {"atol": 2e-6, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def embedder(base_folder):
+    """The tiny base with two random experts behind expert 0."""
+    base = load_base(str(base_folder), base_folder)
+    random = np.random.default_rng(0)
+    keys = list(jax.random.split(jax.random.key(0), 2))
+    bank = experts.init_bank(base.config, ExpertConfig(rank=4, layers=1), keys)
+    bank = jax.tree.map(lambda leaf: (0.5 * random.normal(size=leaf.shape)).astype(np.float32), bank)
+    return Embedder(base, experts.with_base(bank))
+
+
+@pytest.fixture(scope="module")
+def routes():
+    """Two experts and weights a text; every fourth text keeps to the base."""
+    random = np.random.default_rng(1)
+    weights = random.uniform(0.1, 1, (len(TEXTS), 2)).astype(np.float32)
+    weights[::4] = 0
+    return random.integers(1, 3, (len(TEXTS), 2)), weights
+
+
+def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch):
+    chosen, weights = routes
+    base, mixed = embedder.base(TEXTS), embedder.mixed(TEXTS, chosen, weights)
+    assert base.shape == mixed.shape == (len(TEXTS), embedder.width) and base.dtype == mixed.dtype == np.float32
+    order = np.random.default_rng(2).permutation(len(TEXTS))
+    shuffled = [TEXTS[n] for n in order]
+    np.testing.assert_allclose(embedder.base(shuffled), base[order], **close)
+    np.testing.assert_allclose(embedder.mixed(shuffled, chosen[order], weights[order]), mixed[order], **close)
+    monkeypatch.setattr(embed, "_CHUNK", 8)
+    np.testing.assert_allclose(embedder.base(TEXTS), base, **close)
+    np.testing.assert_allclose(embedder.mixed(TEXTS, chosen, weights), mixed, **close)
+    for n in range(len(TEXTS)):
+        alone = embedder.mixed([TEXTS[n]], chosen[n : n + 1], weights[n : n + 1])
+        np.testing.assert_allclose(alone[0], mixed[n], **close)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routed_is_base_and_mixed_in_one_reading(embedder, routes, normalize):
+    chosen, weights = routes
+    base = embedder.base(TEXTS)
+    assert np.all(base @ base.T - 2 * np.eye(len(TEXTS)) < 0.9999)
+
+    def choose(vectors):
+        rows = (vectors @ base.T).argmax(1)
+        np.testing.assert_allclose(vectors, base[rows], **close)
+        return chosen[rows], weights[rows]
+
+    own_base, merged = embedder.routed(TEXTS, choose, normalize=normalize)
+    np.testing.assert_allclose(own_base, embedder.base(TEXTS, normalize=normalize), **close)
+    np.testing.assert_allclose(merged, embedder.mixed(TEXTS, chosen, weights, normalize=normalize), **close)
+    np.testing.assert_allclose(merged[::4], own_base[::4], **close)
+    assert np.abs(merged - own_base).max(1)[weights.any(1)].min() > 1e-3
+
+
+def test_another_bank_on_the_same_base(embedder):
+    other = embedder.with_bank({})
+    np.testing.assert_allclose(other.base(TEXTS[:1]), embedder.base(TEXTS[:1]), **close)
+    assert other.bank == {} and embedder.bank
+
+
+def test_progress_counts_every_text_once(embedder, routes):
+    done = []
+    embedder.base(TEXTS, advance=done.append)
+    assert sum(done) == len(TEXTS)
+    embedder.mixed(TEXTS, *routes, advance=done.append)
+    assert sum(done) == 2 * len(TEXTS)
+
+
+class Calls:
+    """Stands for an embedding function and counts the texts that it was given."""
+
+    def __init__(self):
+        self.texts = 0
+
+    def __call__(self, texts):
+        self.texts += len(texts)
+        return np.array([[sum(map(ord, text)), len(text), 2] for text in texts], np.float32)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A call of cached_vectors over chunks of four texts: returns (vectors, texts embedded, texts found)."""
+    monkeypatch.setattr(embed, "_CHUNK", 4)
+
+    def run(texts, *folders, key="encoder"):
+        calls, found = Calls(), []
+        paths = [tmp_path / name for name in folders or ("own",)]
+        vectors = cached_vectors(calls, texts, 3, paths, key, found.append)
+        np.testing.assert_array_equal(vectors, Calls()(texts))
+        return calls.texts, sum(found)
+
+    return run
+
+
+def test_a_second_call_embeds_nothing(cached):
+    assert cached(TEXTS[:10]) == (10, 0)
+    assert cached(TEXTS[:10]) == (0, 10)
+
+
+def test_other_texts_or_another_encoder_are_not_mixed_up(cached):
+    cached(TEXTS[:10])
+    assert cached([*TEXTS[:9], "new"]) == (2, 8)
+    assert cached(TEXTS[:10], key="another") == (10, 0)
+
+
+def test_chunks_are_found_in_every_folder_and_written_to_the_first(cached, tmp_path):
+    cached(TEXTS[:8], "old")
+    assert cached(TEXTS[:12], "own", "old") == (4, 8)
+    assert [len(list((tmp_path / name).iterdir())) for name in ("old", "own")] == [2, 1]
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:40] + b"!" + raw[41:], lambda raw: b""])
+def test_a_damaged_chunk_is_embedded_again(cached, tmp_path, damage):
+    cached(TEXTS[:10])
+    victim = sorted((tmp_path / "own").iterdir(), key=lambda path: path.stat().st_size)[-1]
+    victim.write_bytes(damage(victim.read_bytes()))
+    assert cached(TEXTS[:10]) == (4, 6)
+    assert cached(TEXTS[:10]) == (0, 10)

@@ -1,0 +1,104 @@
+"""The router's rules, for any scores."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from moeret.models.router import Router, centroid_router, softmax
+
+WIDTH = 4
+quick = settings(max_examples=60, deadline=None)
+
+
+def numbers(*shape: int, limit: float = 30.0) -> st.SearchStrategy[np.ndarray]:
+    """Float32 arrays of moderate numbers."""
+    return hnp.arrays(np.float32, shape, elements=st.floats(-limit, limit, width=32))
+
+
+@st.composite
+def routers(draw: st.DrawFn, threshold: st.SearchStrategy[float] | None = None) -> Router:
+    """Any router over one to five experts."""
+    experts = draw(st.integers(1, 5))
+    return Router(
+        kind="learned",
+        weights=draw(numbers(WIDTH, experts)),
+        bias=draw(numbers(experts)),
+        slots=draw(st.integers(1, 6)),
+        minimum=draw(st.floats(0, 1)),
+        threshold=draw(st.floats(0, 1) if threshold is None else threshold),
+    )
+
+
+@quick
+@given(routers(), numbers(3, WIDTH))
+def test_probabilities_sum_to_one(router, vectors):
+    probabilities = router.probabilities(vectors)
+    assert probabilities.shape == (3, router.weights.shape[1])
+    assert (probabilities >= 0).all()
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+
+
+@quick
+@given(routers(), numbers(3, WIDTH))
+def test_a_choice_keeps_to_the_rules(router, vectors):
+    probabilities = router.probabilities(vectors)
+    experts, weights, abstained = router.choose(probabilities)
+    assert experts.shape == weights.shape == (3, min(router.slots, probabilities.shape[1]))
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights.sum(1), np.where(abstained, 0, 1), rtol=1e-5)
+    np.testing.assert_array_equal(abstained, probabilities.max(1) < router.threshold)
+    for row in range(3):
+        assert len(set(experts[row])) == len(experts[row])
+        assert set(experts[row]) <= set(range(1, probabilities.shape[1] + 1))
+        own = probabilities[row, experts[row] - 1]
+        assert own[0] == probabilities[row].max() and (np.diff(own) <= 0).all()
+        if not abstained[row]:
+            assert weights[row, 0] > 0
+            np.testing.assert_array_equal(weights[row, 1:] > 0, (own[1:] >= router.minimum) & (own[1:] > 0))
+
+
+@quick
+@given(routers(threshold=st.just(0.0)), numbers(3, WIDTH))
+def test_threshold_zero_never_abstains(router, vectors):
+    assert not router.choose(router.probabilities(vectors))[2].any()
+
+
+@quick
+@given(routers(threshold=st.floats(1.001, 5)), numbers(3, WIDTH))
+def test_a_threshold_above_one_always_abstains(router, vectors):
+    _, weights, abstained = router.choose(router.probabilities(vectors))
+    assert abstained.all() and not weights.any()
+
+
+@quick
+@given(routers(), numbers(3, WIDTH), st.floats(0.125, 8))
+def test_scaling_keeps_the_order_of_experts(router, vectors, scale):
+    scores = vectors @ router.weights + router.bias
+    scaled = router.scaled(scale)
+    np.testing.assert_allclose(vectors @ scaled.weights + scaled.bias, scale * scores, rtol=1e-3, atol=1e-2)
+    assert (scaled.slots, scaled.minimum, scaled.threshold) == (router.slots, router.minimum, router.threshold)
+
+
+@quick
+@given(numbers(5), st.floats(-30, 30, width=32))
+def test_softmax_ignores_a_common_shift(scores, shift):
+    np.testing.assert_allclose(softmax(scores[None] + np.float32(shift)), softmax(scores[None]), atol=1e-5)
+
+
+@quick
+@given(st.integers(0, 2**32 - 1), st.integers(2, 6))
+def test_the_centroid_router_picks_the_nearest_centroid(seed, count):
+    random = np.random.default_rng(seed)
+
+    def unit_rows(rows: int) -> np.ndarray:
+        vectors = random.normal(size=(rows, WIDTH)).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    domains, queries = [unit_rows(3 + n) for n in range(count)], unit_rows(20)
+    means = np.stack([own.astype(np.float64).mean(0) for own in domains])
+    cosines = queries @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    router = centroid_router(domains)
+    chosen = router.choose(router.probabilities(queries))[0][:, 0] - 1
+    best = np.take_along_axis(cosines, chosen[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(best, cosines.max(1), atol=1e-5)
