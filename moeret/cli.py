@@ -335,8 +335,6 @@ def main() -> None:
         sys.exit(1)
     except MoeretError as error:
         _fail(str(error))
-    except FloatingPointError as error:
-        _fail(str(error))
     except SafetensorError as error:  # the safetensors library's own word for a disk that is full
         _fail(f"{error}; nothing published was changed")
     except OSError as error:

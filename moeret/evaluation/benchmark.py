@@ -19,8 +19,6 @@ from moeret.types import Document, Hit
 
 _DEPTH = 100
 _QUERIES_AT_ONCE = 512
-_FOREIGN = "\t"
-"""Marks another domain's document in a run; no document of a domain under test is named so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def score(
 
 
 def _run_of(test: TestSet, query: str, text: str, hits: Sequence[Hit]) -> dict[str, float]:
-    """Document -> score of the first _DEPTH hits; another domain's document is named by _FOREIGN, expert/id.
+    """Document -> score of the first _DEPTH hits; another domain's document is named expert/id.
 
     A query that is itself a document does not retrieve itself: BEIR's rule drops every hit with the query's id; here the
     text must be the same too, because ids like "7" meet by accident.
@@ -233,14 +231,14 @@ def _cost(retriever: Retriever, searched: dict[str, Searched]) -> dict[str, floa
     return {"indexes": float(indexes), "documents_share": float(share), "indexes_total": len(retriever.sizes)}
 
 
-def _one_run(runs: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+def _one_run(sets: Sequence[TestSet], runs: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """All domains' runs as one; with several domains every id gets its domain in front, since ids may meet."""
-    several = len(runs) > 1
+    if len(sets) == 1:
+        return runs[sets[0].name]
     return {
-        f"{name}/{query}" if several else query: {
-            id.removeprefix(_FOREIGN) if id.startswith(_FOREIGN) or not several else f"{name}/{id}": score
-            for id, score in hits.items()
+        f"{test.name}/{query}": {
+            f"{test.name}/{id}" if id in test.documents else id: score for id, score in hits.items()
         }
-        for name, run in runs.items()
-        for query, hits in run.items()
+        for test in sets
+        for query, hits in runs[test.name].items()
     }

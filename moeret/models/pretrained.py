@@ -101,7 +101,7 @@ def load_base(name: str, folder: Path) -> Base:
 
     Raises:
       BaseEncoderError: a file is missing or unreadable, the architecture is not BERT's, or weights are missing or
-        have other shapes than config.json says (all of them are named at once).
+        have other shapes than config.json says (the first five are named, the others counted).
     """
     config = _read_config(folder)
     limit = min(_max_length(folder), config.positions)

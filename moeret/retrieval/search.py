@@ -224,7 +224,9 @@ class Retriever:
                 f"this index has no documents of expert {route}; it has {', '.join(self._names)}",
             )
         fusions = get_args(Fusion)
-        require(fusion is None or fusion in fusions, f"there is no fusion {fusion!r}; choose one of {', '.join(fusions)}")
+        require(
+            fusion is None or fusion in fusions, f"there is no fusion {fusion!r}; choose one of {', '.join(fusions)}"
+        )
         if self.model.tower == "both":
             require(
                 route != BASE_EXPERT, "the base cannot search this index: its documents are in their experts' spaces"

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float, Int
 
-from moeret.config import TrainConfig
+from moeret.config import TrainConfig, require
 from moeret.models.experts import Bank
 from moeret.progress import progress_bar
 from moeret.training.batches import Batches
@@ -94,7 +94,7 @@ def fit(
     """Trains all experts of `bank` (without the base) until their steps are done or dev stops improving.
 
     Progress lives in `work`: a run that was cut off goes on from its newest checkpoint, and ends with the parameters that
-    an undisturbed run has, because a step depends only on its number. A KeyboardInterrupt saves a checkpoint first.
+    an undisturbed run has, because a step depends only on its number.
     """
     # ---- State: fresh, or as the newest checkpoint has it
     names = batches.names
@@ -114,49 +114,47 @@ def fit(
 
         def look(step: int) -> None:
             nonlocal best_bank
-            scores = evaluate(state.bank, progress.active)
+            looked, scores = progress.active, evaluate(state.bank, progress.active)
             better = progress.look(step, scores, config.patience)
             best_bank = _choose(jnp.asarray(better), state.bank, best_bank)
-            log.write(step=step, dev={name: round(float(s), 5) for name, s in zip(names, scores, strict=True)})
+            log.write(step=step, dev=_named(names, scores, looked))
 
         if not saved:
             look(0)
 
         # ---- Steps
         with progress_bar("Training", config.steps, shown=show_progress_bar, unit="steps", start=step) as advance:
-            try:
-                while step < config.steps and progress.active.any():
-                    started, active = time.monotonic(), progress.active.copy()
-                    totals = replicate(batches.mesh, zero_totals(state.bank))
-                    for expert, batch in batches.step(step, active):
-                        totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
-                    state = update(optimizer, state, totals.gradients, jnp.asarray(active))
-                    losses = np.asarray(totals.losses)
-                    step += 1
-                    seconds = time.monotonic() - started
-                    rate = active.sum() * config.batch_size / seconds
-                    mean = float(losses[active].mean())
-                    log.write(
-                        step=step,
-                        loss={
-                            name: round(float(x), 5) for name, x, on in zip(names, losses, active, strict=True) if on
-                        },
-                        pairs_per_second=round(float(rate), 1),
-                    )
-                    if not np.isfinite(mean):
-                        raise FloatingPointError(
-                            f"the loss is not finite at step {step}; rerun with a lower --config.learning-rate in a new --out"
-                        )
-                    if step % config.evaluate_every == 0 or step == config.steps:
-                        look(step)
-                        checkpoints.save(step, _tree(state, best_bank, progress))
-                    dev = float(progress.best.mean())
-                    advance(1, f"loss {mean:.3f}  {rate:.0f} pairs/s  dev nDCG@10 {dev:.3f}  training {active.sum()}")
-            except KeyboardInterrupt:
-                # Between two steps the state is whole; a step that was cut off is done again.
-                checkpoints.save(step, _tree(state, best_bank, progress))
-                raise
+            while step < config.steps and progress.active.any():
+                started, active = time.monotonic(), progress.active.copy()
+                totals = replicate(batches.mesh, zero_totals(state.bank))
+                for expert, batch in batches.step(step, active):
+                    totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
+                state = update(optimizer, state, totals.gradients, jnp.asarray(active))
+                losses = np.asarray(totals.losses)
+                step += 1
+                seconds = time.monotonic() - started
+                rate = active.sum() * config.batch_size / seconds
+                mean = float(losses[active].mean())
+                log.write(
+                    step=step,
+                    loss=_named(names, losses, active),
+                    pairs_per_second=round(float(rate), 1),
+                )
+                require(
+                    np.isfinite(mean),
+                    f"the loss is not finite at step {step}; lower --learning-rate and give another --out",
+                )
+                if step % config.evaluate_every == 0 or step == config.steps:
+                    look(step)
+                    checkpoints.save(step, _tree(state, best_bank, progress))
+                dev = float(progress.best.mean())
+                advance(1, f"loss {mean:.3f}, {rate:.0f} pairs/s, dev {dev:.3f}")
     return Fitted(jax.device_get(best_bank), progress.base, progress.best, progress.best_step)
+
+
+def _named(names: tuple[str, ...], values: np.ndarray, active: Bool[np.ndarray, "E"]) -> dict[str, float]:
+    """The active experts' values, for the log."""
+    return {name: round(float(value), 5) for name, value, on in zip(names, values, active, strict=True) if on}
 
 
 def _tree(state: TrainState, best_bank: Bank, progress: Progress) -> dict[str, Any]:

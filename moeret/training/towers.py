@@ -31,7 +31,6 @@ class QueryTower:
             scores[number] = dev_ndcg(own, vectors, self._data.pool).mean()
         return scores
 
-
     def calibration(self, bank: Bank) -> list[None]:
         """One document space needs none."""
         return [None] * len(self._data.dev)

@@ -68,7 +68,7 @@ def test_an_expert_trains_beside_others_as_it_does_alone(prepared, train_config,
 
 
 def test_a_stopped_expert_keeps_its_weights(prepared, train_config):
-    embedder, data = prepared
+    embedder, _ = prepared
     base = embedder.base_encoder
     bank = experts.init_bank(base.config, train_config.expert, [jax.random.key(0), jax.random.key(1)])
     optimizer = make_optimizer(train_config)
