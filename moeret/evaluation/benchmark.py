@@ -76,12 +76,16 @@ def read_test_sets(retriever: Retriever, domains: dict[str, Path], split: str) -
 def score(
     test: TestSet, hits: Sequence[Sequence[Hit]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """(measure -> query -> value, run) of hits for each query of a test set, in its order."""
+    """(measure -> query -> value, run) of hits for each query of a test set, in its order.
+
+    Measured is the order of the hits, equal scores included, so that a run written to a file scores the same.
+    """
     run = {
         query: _run_of(test, query, text, own)
         for (query, text), own in zip(test.judged.queries.items(), hits, strict=True)
     }
-    return metrics.per_query(test.judged.qrels, run), run
+    ranked = {query: {id: -float(rank) for rank, id in enumerate(own)} for query, own in run.items()}
+    return metrics.per_query(test.judged.qrels, ranked), run
 
 
 def _run_of(test: TestSet, query: str, text: str, hits: Sequence[Hit]) -> dict[str, float]:

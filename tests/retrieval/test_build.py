@@ -1,0 +1,316 @@
+"""The indexing job: what goes where, what is refused, and what a job that dies leaves behind."""
+
+import dataclasses
+import errno
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_domain, write_jsonl
+from safetensors import SafetensorError
+
+import moeret
+from moeret import artifact
+from moeret.config import IndexConfig
+from moeret.data.beir import read_corpus
+from moeret.models.model import Model
+from moeret.retrieval import build
+from moeret.retrieval.build import build_index
+from moeret.types import Document
+
+GRAPHS = IndexConfig(exact_below=0)
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder) -> Model:
+    return Model.load(model_folder)
+
+
+@pytest.fixture
+def index(tmp_path, index_folder) -> Path:
+    """A copy of the shared index, to be changed."""
+    shutil.copytree(index_folder, tmp_path / "index")
+    return tmp_path / "index"
+
+
+def place_by_router(monkeypatch, threshold: float) -> None:
+    """Makes the document router sure of everything (0) or of nothing (above 1)."""
+    load = Model.load
+
+    def altered(path):
+        model = load(path)
+        model.document_router = dataclasses.replace(model.document_router, threshold=threshold)
+        return model
+
+    monkeypatch.setattr(build.Model, "load", altered)
+
+
+def held(index: Path) -> dict[str, set[Document]]:
+    """Expert -> the documents in its index."""
+    retriever = moeret.Retriever.load(index)
+    starts = np.cumsum([0, *retriever.sizes.values()])
+    documents = retriever.documents(range(starts[-1]))
+    retriever.close()
+    return {
+        name: {documents[row] for row in range(start, start + retriever.sizes[name])}
+        for name, start in zip(retriever.sizes, starts, strict=False)
+    }
+
+
+def loose_corpus(path: Path, *, ids: str = "loose") -> list[dict]:
+    texts = ["a story of the fruit apple", "iron and the metal zinc", "the rhine", "copper tin gold", "kiwi and plum"]
+    rows = [{"_id": f"{ids}{number}", "title": "", "text": text} for number, text in enumerate(texts)]
+    write_jsonl(path, rows)
+    return rows
+
+
+def assert_nothing_unfinished(folder: Path) -> None:
+    assert [path for path in folder.rglob("*") if path.name.endswith(".unfinished")] == []
+
+
+def test_each_domain_goes_to_its_expert(index_folder, two_domains):
+    expected = {name: set(read_corpus(path / "corpus.jsonl")) for name, path in two_domains.items()}
+    assert held(index_folder) == expected
+    meta = artifact.read(index_folder, "index").meta
+    assert meta["documents"]["count"] == 24
+    assert {name: expert["documents"] for name, expert in meta["experts"].items()} == {"fruit": 12, "metal": 12}
+
+
+def test_a_finished_index_keeps_no_work_files(index_folder):
+    names = {path.relative_to(index_folder).as_posix() for path in index_folder.rglob("*") if path.is_file()}
+    assert names == {*artifact.read(index_folder, "index").files, "manifest.json", ".lock"}
+
+
+def test_vectors_are_the_documents_base_embeddings_by_row(index_folder, trained):
+    retriever = moeret.Retriever.load(index_folder)
+    documents = retriever.documents(range(24))
+    vectors = trained.encode_document([documents[row].contents for row in range(24)], normalize_embeddings=True)
+    np.testing.assert_allclose(retriever.vectors(), vectors, atol=1e-5)
+    retriever.close()
+
+
+def test_loose_documents_go_where_the_document_router_puts_them(
+    tmp_path, monkeypatch, model_folder, two_domains, trained
+):
+    place_by_router(monkeypatch, 0.0)
+    rows = loose_corpus(tmp_path / "loose.jsonl")
+    build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
+    vectors = trained.encode_document([row["text"] for row in rows], normalize_embeddings=True)
+    best = trained.document_router.probabilities(vectors).argmax(axis=1)
+    got = held(tmp_path / "index")
+    for row, expert in zip(rows, best, strict=True):
+        assert Document(row["_id"], row["text"]) in got[trained.experts[expert]]
+    assert {name: len(documents) - 12 for name, documents in got.items()} == {
+        name: int((best == number).sum()) for number, name in enumerate(trained.experts)
+    }
+
+
+def test_documents_that_the_router_is_unsure_of_go_to_the_base(tmp_path, monkeypatch, model_folder, two_domains):
+    place_by_router(monkeypatch, 1.1)
+    rows = loose_corpus(tmp_path / "loose.jsonl")
+    build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
+    assert held(tmp_path / "index")["base"] == {Document(row["_id"], row["text"]) for row in rows}
+    hits = moeret.Retriever.load(tmp_path / "index").search("find the rhine", k=50)
+    assert {hit.id for hit in hits if hit.expert == "base"} == {row["_id"] for row in rows}
+
+
+def test_an_index_of_loose_documents_alone(tmp_path, monkeypatch, model_folder):
+    place_by_router(monkeypatch, 1.1)
+    loose_corpus(tmp_path / "loose.jsonl")
+    published = build_index(model_folder, tmp_path / "index", {}, [tmp_path / "loose.jsonl"])
+    assert list(published.meta["experts"]) == ["base"]
+    hits = moeret.Retriever.load(tmp_path / "index").search("the rhine", k=50)
+    assert sorted(hit.id for hit in hits) == [f"loose{number}" for number in range(5)]
+
+
+def test_a_loose_document_with_an_id_of_the_domain_is_refused(tmp_path, monkeypatch, model_folder, two_domains):
+    place_by_router(monkeypatch, 0.0)
+    write_jsonl(tmp_path / "loose.jsonl", [{"_id": "d3", "title": "", "text": "apple pear"}])
+    with pytest.raises(
+        moeret.DataError,
+        match=r"loose\.jsonl: document 'd3' goes to expert (fruit|metal), whose index has that id already .*unique",
+    ):
+        build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
+    assert not artifact.exists(tmp_path / "index")
+
+
+def test_one_id_in_two_corpora_is_refused(tmp_path, monkeypatch, model_folder):
+    place_by_router(monkeypatch, 1.1)
+    for name in ("one.jsonl", "two.jsonl"):
+        loose_corpus(tmp_path / name)
+    with pytest.raises(moeret.DataError, match=r"two\.jsonl: document 'loose0'.*already \(from .*one\.jsonl\)"):
+        build_index(model_folder, tmp_path / "index", {}, [tmp_path / "one.jsonl", tmp_path / "two.jsonl"])
+
+
+def test_a_domain_without_an_expert_is_refused_with_the_command_that_helps(tmp_path, model_folder, domains):
+    with pytest.raises(moeret.ConfigError, match=r"no expert river \(it has fruit, metal\).*moeret experts add"):
+        build_index(model_folder, tmp_path / "index", domains)
+
+
+def test_nothing_to_index_is_refused(tmp_path, model_folder):
+    with pytest.raises(moeret.ConfigError, match="nothing to index"):
+        build_index(model_folder, tmp_path / "index", {})
+
+
+def test_a_missing_corpus_is_refused_by_name(tmp_path, model_folder):
+    with pytest.raises(moeret.DataError, match=r"nowhere\.jsonl is not there"):
+        build_index(model_folder, tmp_path / "index", {}, [tmp_path / "nowhere.jsonl"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(moeret.DataError, match=r"empty/corpus\.jsonl is not there"):
+        build_index(model_folder, tmp_path / "index", {"fruit": tmp_path / "empty"})
+
+
+def test_the_same_request_again_returns_the_index_without_building(monkeypatch, index, model_folder, two_domains):
+    before = {path: path.stat().st_mtime_ns for path in index.rglob("*") if path.name != ".lock" and path.is_file()}
+    monkeypatch.setattr(build, "write_documents", lambda path, documents: pytest.fail("built again"))
+    again = build_index(model_folder, index, two_domains)
+    assert again.fingerprint == artifact.read(index, "index").fingerprint
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_another_request_is_refused_and_says_what_differs(index, model_folder, two_domains, domains):
+    before = artifact.read(index, "index").fingerprint
+    with pytest.raises(moeret.ConfigError, match=r"made from other things \(ef 160 -> 50\).*--overwrite"):
+        build_index(model_folder, index, two_domains, config=IndexConfig(ef=50))
+    with pytest.raises(moeret.ConfigError, match="domain metal"):
+        build_index(model_folder, index, {"fruit": domains["fruit"]})
+    assert artifact.read(index, "index").fingerprint == before
+
+
+def test_overwrite_replaces_an_index_and_removes_the_old_files(index, model_folder, two_domains):
+    old = artifact.read(index, "index")
+    new = build_index(model_folder, index, {"fruit": two_domains["fruit"]}, config=GRAPHS, overwrite=True)
+    assert list(held(index)) == ["fruit"]
+    gone = old.files.keys() - new.files.keys()
+    assert gone
+    assert not [name for name in gone if (index / name).exists()]
+
+
+def test_overwrite_replaces_a_damaged_index(index, model_folder, two_domains):
+    published = artifact.read(index, "index")
+    published.path(published.meta["documents"]["file"]).unlink()
+    with pytest.raises(moeret.ArtifactError, match="is missing"):
+        build_index(model_folder, index, two_domains)
+    build_index(model_folder, index, two_domains, overwrite=True)
+    assert artifact.read(index, "index").fingerprint == published.fingerprint
+    (index / "manifest.json").write_text("{")
+    build_index(model_folder, index, two_domains, overwrite=True)
+    assert artifact.read(index, "index").fingerprint == published.fingerprint
+
+
+def test_a_model_is_never_overwritten_by_an_index(tmp_path, model_folder, two_domains):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    before = artifact.read(model, "model").fingerprint
+    for overwrite in (False, True):
+        with pytest.raises(moeret.ArtifactError, match="expected a"):
+            build_index(model, model, two_domains, overwrite=overwrite)
+    assert artifact.read(model, "model").fingerprint == before
+    assert Model.load(model).experts == ("fruit", "metal")
+    assert (model / "training").is_dir()
+
+
+def test_a_folder_that_someone_else_uses_keeps_what_was_in_it(tmp_path, model_folder, two_domains):
+    kept = [tmp_path / name for name in ("report.txt", "training/notes.txt", "building/notes.txt", "segments/mine.txt")]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    build_index(model_folder, tmp_path, two_domains)
+    assert [path.read_text() for path in kept] == ["mine"] * 4
+    assert list((tmp_path / "building").iterdir()) == [tmp_path / "building" / "notes.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_job_that_dies_publishes_nothing_and_the_next_one_makes_the_same_index(
+    tmp_path, monkeypatch, model_folder, two_domains, error
+):
+    undisturbed = build_index(model_folder, tmp_path / "undisturbed", two_domains, config=GRAPHS)
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "write_documents", lambda path, documents: (path.write_bytes(b"half"), raise_(error)))
+        with pytest.raises(error):
+            build_index(model_folder, tmp_path / "index", two_domains, config=GRAPHS)
+    assert not artifact.exists(tmp_path / "index")
+    assert_nothing_unfinished(tmp_path)
+    with pytest.raises(moeret.ArtifactError, match="holds no finished index"):
+        moeret.Retriever.load(tmp_path / "index")
+    again = build_index(model_folder, tmp_path / "index", two_domains, config=GRAPHS)
+    assert again.fingerprint == undisturbed.fingerprint
+    assert (tmp_path / "index" / "manifest.json").read_bytes() == (
+        tmp_path / "undisturbed" / "manifest.json"
+    ).read_bytes()
+    files = {path.relative_to(tmp_path / "index").as_posix() for path in (tmp_path / "index").rglob("*")}
+    assert files == {
+        path.relative_to(tmp_path / "undisturbed").as_posix() for path in (tmp_path / "undisturbed").rglob("*")
+    }
+
+
+def raise_(error):
+    raise error
+
+
+def test_vectors_made_before_a_job_died_are_not_made_again(tmp_path, monkeypatch, model_folder):
+    folder = write_domain(tmp_path / "fruit", "river")  # documents that training has not seen
+    monkeypatch.setattr(build, "write_documents", lambda path, documents: raise_(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build_index(model_folder, tmp_path / "index", {"fruit": folder})
+    monkeypatch.undo()
+    monkeypatch.setattr("moeret.models.embed.Embedder.base", lambda *rest, **more: pytest.fail("embedded again"))
+    build_index(model_folder, tmp_path / "index", {"fruit": folder})
+    assert not (tmp_path / "index" / "building").exists()
+
+
+@pytest.mark.parametrize("place", ["write_documents", "save_file"])
+def test_a_full_disk_leaves_the_old_index_in_use(monkeypatch, index, model_folder, two_domains, place):
+    before = artifact.read(index, "index").fingerprint
+    with monkeypatch.context() as patched:
+        patched.setattr(build, place, lambda *rest: raise_(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            build_index(model_folder, index, two_domains, config=GRAPHS, overwrite=True)
+    assert_nothing_unfinished(index)
+    assert artifact.read(index, "index").fingerprint == before
+    assert len(moeret.Retriever.load(index).search("find the metal nick10", k=50)) >= 12
+    build_index(model_folder, index, two_domains, config=GRAPHS, overwrite=True)
+    assert artifact.read(index, "index").fingerprint != before
+
+
+@pytest.mark.parametrize("most", [500, 1500, 4096, 6000])
+def test_writes_that_really_fail_leave_the_old_index_in_use(index, model_folder, two_domains, most):
+    """The operating system refuses bytes beyond `most` in a file, whichever writer comes to them first."""
+    before = artifact.read(index, "index").fingerprint
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit[1]))
+    try:
+        with pytest.raises((OSError, SafetensorError)):
+            build_index(model_folder, index, two_domains, config=GRAPHS, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert_nothing_unfinished(index)
+    assert artifact.read(index, "index").fingerprint == before
+
+
+def test_two_jobs_in_one_directory_are_refused(tmp_path, model_folder, two_domains):
+    with artifact.writing(tmp_path / "index"), pytest.raises(moeret.BusyError, match="another process is writing"):
+        build_index(model_folder, tmp_path / "index", two_domains)
+
+
+def test_graphs_are_reported_with_their_recall(tmp_path, model_folder, two_domains):
+    published = build_index(model_folder, tmp_path / "index", two_domains, config=GRAPHS)
+    for expert in published.meta["experts"].values():
+        [segment] = expert["segments"]
+        assert segment["recall@10"] == 1.0
+        assert segment["vectors"] <= segment["documents"] == 12
+
+
+def test_an_index_holds_its_model_and_works_without_the_original(tmp_path, model_folder, two_domains):
+    shutil.copytree(model_folder, tmp_path / "model")
+    build_index(tmp_path / "model", tmp_path / "index", two_domains)
+    shutil.rmtree(tmp_path / "model")
+    assert moeret.Retriever.load(tmp_path / "index").search("find the metal nick10")
+
+
+def test_the_order_in_which_domains_are_given_does_not_matter(tmp_path, model_folder, two_domains):
+    first = build_index(model_folder, tmp_path / "one", two_domains)
+    second = build_index(model_folder, tmp_path / "two", dict(reversed(two_domains.items())))
+    assert first.fingerprint == second.fingerprint
