@@ -17,8 +17,8 @@ from moeret.retrieval.build import build_index
 from moeret.retrieval.search import Retriever
 from moeret.training.run import train
 
-CONFIG = TrainConfig(steps=60, batch_size=32, evaluate_every=15)
-LIBRARIES, DOCUMENTS = 6, 500
+CONFIG = TrainConfig(steps=30, batch_size=32, evaluate_every=10)
+LIBRARIES, DOCUMENTS = 6, 400
 _QUESTIONS = 3
 
 
@@ -47,10 +47,9 @@ def quickstart(out: Path, console: Console, *, show_progress_bar: bool) -> None:
     )
     trained = train(domains, model, config=CONFIG, show_progress_bar=show_progress_bar)
     for entry in trained.meta["experts"]:
+        base, own = entry["base_dev_ndcg"], entry["dev_ndcg"]
         console.print(
-            f"  {entry['name']:<18} dev nDCG@10 {entry['base_dev_ndcg']:.3f} as the base, {entry['dev_ndcg']:.3f} with its expert "
-            f"(step {entry['step']})",
-            highlight=False,
+            f"  {entry['name']:<18} dev nDCG@10 {base:.3f} -> {own:.3f} (step {entry['step']})", highlight=False
         )
     router = trained.meta["router"]
     console.print(f"  router: {router['query']['kind']}, decided by {router['report']['decided_by']}", highlight=False)

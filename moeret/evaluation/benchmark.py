@@ -138,6 +138,10 @@ def evaluate(
       DataError: a domain that cannot be evaluated.
     """
     require(route in ("auto", "oracle", "base", "all"), f"route must be auto, oracle, base or all, got {route!r}")
+    require(
+        run_file is None or run_file.parent.is_dir(),
+        f"cannot write the run {run_file}: there is no directory {run_file and run_file.parent}",
+    )
     sets = read_test_sets(retriever, domains, split)
     no_expert = [test.name for test in sets if test.name not in retriever.model.experts]
     require(

@@ -121,6 +121,10 @@ class Embedder:
         return np.asarray(_plain_branch(self.base_encoder.graph, self._layers, self._params, x, lengths))
 
     def _run_branch(self, x: Array, lengths: Array, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        # Slots that no row uses cost a gather all the same: round those in use up to a power of two.
+        used = int(np.flatnonzero(weights.any(axis=0)).max(initial=0)) + 1
+        slots = min(1 << (used - 1).bit_length(), weights.shape[1])
+        experts, weights = experts[:, :slots], weights[:, :slots]
         spare = ((0, x.shape[0] - len(experts)), (0, 0))
         mixture = Mixture(np.pad(experts, spare).astype(np.int32), np.pad(weights, spare).astype(np.float32))
         mixture = jax.device_put(mixture)

@@ -27,7 +27,7 @@ class Router:
     kind: str
     weights: Float[np.ndarray, "D E"]
     bias: Float[np.ndarray, "E"]
-    slots: int = 2
+    slots: int = 4
     minimum: float = 0.1
     threshold: float = 0.0
 

@@ -20,7 +20,7 @@ from moeret.data.beir import Judged
 from moeret.models.embed import Embedder
 from moeret.models.router import Router, centroid_router
 
-MINIMA = (0.03, 0.1, 0.3)
+MINIMA = (0.01, 0.03, 0.1, 0.3)
 """Least probabilities tried for an expert to be used."""
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Least best probabilities tried, below which the router abstains."""
