@@ -338,9 +338,8 @@ def main() -> None:
     except SafetensorError as error:  # the safetensors library's own word for a disk that is full
         _fail(f"{error}; nothing published was changed")
     except OSError as error:
-        _fail(
-            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; nothing published was changed"
-        )
+        place = error.filename2 or error.filename
+        _fail(f"{error.strerror or error}{f': {place}' if place else ''}; nothing published was changed")
     except KeyboardInterrupt:
         _complain("interrupted; the same command goes on from where it was saved last")
         sys.exit(130)
