@@ -16,10 +16,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from moeret.errors import ArtifactError, BusyError
 
+T = TypeVar("T")
 FORMAT = "moeret-1"
 MANIFEST = "manifest.json"
 _DIGESTED = re.compile(r"-([0-9a-f]{12})(\.[a-z0-9]+)?$")
@@ -92,7 +93,7 @@ def read(root: Path, kind: str) -> Artifact:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{manifest} is damaged ({type(error).__name__}: {error}); make the {kind} anew") from None
     if found != (FORMAT, kind):
-        raise ArtifactError(f"{root} is a {found[1]} in format {found[0]}; expected a {kind} in format {FORMAT}")
+        raise ArtifactError(f"{root} is {_a(found[1])} in format {found[0]}; expected {_a(kind)} in format {FORMAT}")
     if artifact.fingerprint != _fingerprint_of(kind, artifact.meta, files):
         raise ArtifactError(
             f"{manifest} was altered: its fingerprint does not match its contents; make the {kind} anew"
@@ -100,6 +101,28 @@ def read(root: Path, kind: str) -> Artifact:
     for name, entry in files.items():
         _check_file(artifact, name, entry)
     return artifact
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "aeiou" else f"a {kind}"
+
+
+def load(root: Path, kind: str, make: Callable[[Artifact], T]) -> T:
+    """`make(read(root, kind))`, again if a writer published the next version meanwhile and deleted this one's files."""
+    while True:
+        before = _manifest_bytes(root)
+        try:
+            return make(read(root, kind))
+        except (ArtifactError, FileNotFoundError):
+            if before is None or _manifest_bytes(root) == before:
+                raise
+
+
+def _manifest_bytes(root: Path) -> bytes | None:
+    try:
+        return (root / MANIFEST).read_bytes()
+    except OSError:
+        return None
 
 
 def _check_file(artifact: Artifact, name: str, entry: FileEntry) -> None:

@@ -108,8 +108,12 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         require(2 <= self.M <= 256, f"M must be in [2, 256], got {self.M}")
-        require(self.ef_construction >= self.M, f"ef_construction must be at least M, got {self.ef_construction}")
-        require(self.ef >= 1, f"ef must be at least 1, got {self.ef}")
+        require(
+            self.M <= self.ef_construction <= 10**6,
+            f"ef_construction must be in [M, 1000000], got {self.ef_construction}",
+        )
+        require(1 <= self.ef <= 10**6, f"ef must be in [1, 1000000], got {self.ef}")
+        require(0 <= self.seed < 2**31, f"seed must be in [0, 2^31), got {self.seed}")
         require(self.exact_below >= 0, f"exact_below must not be negative, got {self.exact_below}")
 
 
@@ -119,6 +123,19 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Names what differs between two JSON objects: `steps 300 -> 200, seed 0 -> 1`."""
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys)
+    """Names what differs between two JSON objects: `steps 300 -> 200, domain law (corpus.jsonl)`."""
+    return ", ".join(
+        _difference(key, old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    )
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return (
+            f"{key} ({', '.join(name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))})"
+        )
+    if any(isinstance(value, str) and len(value) == 64 for value in (old, new)) or isinstance(old or new, (dict, list)):
+        return f"{key} {'changed' if old and new else 'added' if new else 'left out'}"
+    return f"{key} {old} -> {new}"

@@ -12,7 +12,7 @@ Advance = Callable[..., None]
 
 @contextmanager
 def progress_bar(description: str, total: int, *, shown: bool, unit: str = "", start: int = 0) -> Iterator[Advance]:
-    """Draws a bar with count, rate and time left on stderr while the block runs, or nothing unless `shown`."""
+    """Draws a bar with count and time left on stderr while the block runs, or nothing unless `shown`."""
     if not shown or total <= start:
         yield lambda n=1, note="": None
         return

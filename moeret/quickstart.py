@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
+from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.data.beir import read_queries
 from moeret.data.docstrings import write_domains
@@ -32,7 +34,8 @@ def quickstart(out: Path, console: Console, *, show_progress_bar: bool) -> None:
     data = out / "data.json"
     if not data.is_file():
         folders = write_domains(out / "data", per_library=DOCUMENTS, libraries=LIBRARIES)
-        data.write_text(json.dumps({name: str(folder.relative_to(out)) for name, folder in folders.items()}))
+        relative = {name: str(folder.relative_to(out)) for name, folder in folders.items()}
+        artifact.write_atomically(data, json.dumps(relative).encode())
     domains = {name: out / folder for name, folder in json.loads(data.read_text()).items()}
     console.print(
         f"Documents are docstrings of {', '.join(domains)}, each without its summary line; that line is the query that asks "
@@ -73,7 +76,7 @@ def quickstart(out: Path, console: Console, *, show_progress_bar: bool) -> None:
         used = (
             ", ".join(f"{name} {weight:.0%}" for name, weight in route.experts.items()) or "none: the router abstained"
         )
-        console.print(f"\n[bold]{question}[/bold]\n  experts: {used}", highlight=False)
+        console.print(f"\n[bold]{escape(question)}[/bold]\n  experts: {used}", highlight=False)
         for hit in retriever.search(question, k=3):
             console.print(f"  {hit.rank}. {hit.score:.3f}  {hit.title}  ({hit.expert})", highlight=False, markup=False)
     console.print(

@@ -74,7 +74,9 @@ def timed(command: list[str], out: Path) -> float:
 
 def kill(command: list[str], out: Path, after: float) -> bool:
     """Starts a command and kills it after so many seconds; False if it had ended by then."""
-    process = subprocess.Popen([*program(), *command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*program(), *command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         process.wait(after)
     except subprocess.TimeoutExpired:

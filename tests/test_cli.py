@@ -353,7 +353,7 @@ def test_a_malformed_corpus_is_reported_with_its_line(tmp_path, chain):
         (("train", "--out", "x", "--learning-rate", "-1"), "learning_rate must be above 0"),
         (("experts", "add", "x", "--temperature", "0"), "temperature must be above 0"),
         (("index", "x", "--out", "x", "--M", "1"), "M must be in [2, 256], got 1"),
-        (("index", "x", "--out", "x", "--ef-construction", "1"), "ef_construction must be at least M, got 1"),
+        (("index", "x", "--out", "x", "--ef-construction", "1"), "ef_construction must be in [M, 1000000], got 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_named_without_a_traceback(command, wanted):

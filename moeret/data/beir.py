@@ -132,7 +132,7 @@ def read_corpus(path: Path) -> list[Document]:
             problems.add(f"line {number}: {error}")
             continue
         if document.id in lines:
-            problems.add(f"line {number}: id {document.id!r} is already on line {lines[document.id]}")
+            problems.add(f"line {number}: id {_short(document.id)} is already on line {lines[document.id]}")
         elif not document.contents:
             problems.add(f"line {number}: document {document.id!r} has neither title nor text")
         lines.setdefault(document.id, number)
@@ -198,7 +198,9 @@ def carve_dev(train: Judged, share: float = 0.1) -> tuple[Judged, Judged]:
       DataError: fewer than two queries, so that one side would be empty.
     """
     if len(train.queries) < 2:
-        raise DataError("a train split of one query leaves nothing for dev; give at least two judged queries")
+        raise DataError(
+            "one judged train query leaves nothing to carve a dev split from; give at least two, or a dev split"
+        )
     chosen = set(sample_ids(train.queries, min(max(1, round(share * len(train.queries))), len(train.queries) - 1)))
     dev = {query for query in train.queries if query in chosen}
     return _only(train, train.queries.keys() - dev), _only(train, dev)
@@ -254,7 +256,7 @@ def _id(row: dict[str, Any]) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value:
-        raise DataError(f"_id must be a non-empty string, got {value!r}")
+        raise DataError(f"_id must be a non-empty string, got {_short(value)}")
     return _encodable(value, "_id")
 
 
@@ -263,8 +265,13 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         value = default
     if not isinstance(value, str):
-        raise DataError(f"{key} must be a string, got {value!r}" if key in row else f"{key} is missing")
+        raise DataError(f"{key} must be a string, got {_short(value)}" if key in row else f"{key} is missing")
     return _encodable(value, key)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _encodable(value: str, key: str) -> str:

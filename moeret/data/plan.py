@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from moeret.data.buckets import TOKENS_PER_BATCH, bucket_edges, full_size
+from moeret.data.buckets import bucket_edges, full_size
 
 TRAINING_BUCKETS = 6
 """Compiled shapes of a training step at most."""
@@ -36,7 +36,7 @@ class BatchPlan:
     batch_size: int
     seed: int
     edges: tuple[int, ...]
-    tokens: int
+    devices: int
 
     @classmethod
     def make(
@@ -45,13 +45,13 @@ class BatchPlan:
         lengths: Sequence[Int[np.ndarray, "Q"]],
         batch_size: int,
         seed: int,
-        tokens: int = TOKENS_PER_BATCH,
+        devices: int = 1,
     ) -> "BatchPlan":
-        """A plan for each expert's query lengths (in tokens), with edges chosen from all of them."""
+        """A plan for each expert's query lengths (in tokens), with edges chosen from all of them, split over devices."""
         # A step reads the same number of every expert's queries, so a small domain's lengths weigh as much as a large one's.
         weights = np.concatenate([np.full(len(own), 1 / len(own)) for own in lengths])
         edges = bucket_edges(np.concatenate(lengths), TRAINING_BUCKETS, weights)
-        return cls(tuple(names), tuple(lengths), batch_size, seed, edges, tokens)
+        return cls(tuple(names), tuple(lengths), batch_size, seed, edges, devices)
 
     def queries(self, expert: int, step: int) -> Int[np.ndarray, "B"]:
         """The expert's queries in this step: the next `batch_size` of its endless shuffled epochs."""
@@ -76,7 +76,7 @@ class BatchPlan:
         last, waiting = which.max(), np.zeros(0, np.int64)
         for bucket in range(last + 1):
             waiting = np.concatenate([waiting, queries[which == bucket]])
-            size = full_size(self.edges[bucket], self.tokens)
+            size = full_size(self.edges[bucket]) * self.devices
             end = len(waiting) if bucket == last else len(waiting) // size * size
             for start in range(0, end, size):
                 yield MicroBatch(expert, waiting[start : min(start + size, end)], self.edges[bucket], size)

@@ -68,8 +68,9 @@ class Model:
           BaseEncoderError: it names no base that can be loaded.
         """
         folder = Path(model)
-        if artifact.exists(folder) or (folder / WORK).is_dir():
-            return cls._from_artifact(artifact.read(folder, KIND))
+        unfinished = (folder / WORK).is_dir() and not (folder / "config.json").is_file()
+        if artifact.exists(folder) or unfinished:
+            return artifact.load(folder, KIND, cls._from_artifact)
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ArtifactError(
                 f"{folder} is neither a moeret model (no manifest.json) nor a base encoder (no config.json)"

@@ -30,7 +30,6 @@ _FILES = (
     "tokenizer_config.json",
     "vocab.txt",
     "modules.json",
-    "1_Pooling/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
@@ -82,7 +81,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import and needed for hub ids only
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, allow_patterns=[*_FILES, "*/config.json"]))
     except Exception as error:  # the hub's client raises its own and its HTTP library's errors
         reason = str(error).strip().partition("\n")[0]
         raise BaseEncoderError(
@@ -93,7 +92,9 @@ def _from_hub(name: str) -> Path:
 
 def base_files(folder: Path) -> dict[str, Path]:
     """The files of a base that make it what it is, by relative name."""
-    return {name: folder / name for name in _FILES if (folder / name).is_file()}
+    modules = _read_json(folder / "modules.json", [])
+    names = [*_FILES, *(f"{module['path']}/config.json" for module in modules if module.get("path"))]
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def load_base(name: str, folder: Path) -> Base:
@@ -112,9 +113,7 @@ def load_base(name: str, folder: Path) -> Base:
         )
     graph, params = _load_weights(folder / _WEIGHTS, config)
     digests = {file: artifact.sha256_of(path) for file, path in base_files(folder).items()}
-    prompts = _read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}
-    prompts = {side: prompts.get(key, "") for side, key in (("query", "query"), ("document", "document"))}
-    return Base(name, folder, config, graph, params, tokenizer, prompts, artifact.fingerprint(digests))
+    return Base(name, folder, config, graph, params, tokenizer, _read_prompts(folder), artifact.fingerprint(digests))
 
 
 def _read_json(path: Path, default: Any = None) -> Any:
@@ -128,6 +127,15 @@ def _read_json(path: Path, default: Any = None) -> Any:
         ) from None
     except (OSError, ValueError) as error:
         raise BaseEncoderError(f"cannot read {path}: {error}") from None
+
+
+def _read_prompts(folder: Path) -> dict[str, str]:
+    """The texts put before queries and documents, found as sentence-transformers finds them."""
+    settings = _read_json(folder / "config_sentence_transformers.json", {})
+    prompts = settings.get("prompts") or {}
+    default = prompts.get(settings.get("default_prompt_name"), "")
+    sides = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    return {side: next((prompts[key] for key in keys if key in prompts), default) for side, keys in sides.items()}
 
 
 def _read_config(folder: Path) -> EncoderConfig:

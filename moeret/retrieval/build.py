@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ from moeret.types import BASE_EXPERT, Document
 KIND = "index"
 _WORK = "building"
 """Subfolder of an index directory that keeps vectors until it is published."""
+_MODEL = "model-"
+"""How the subfolder with the index's model begins."""
 
 
 def build_index(
@@ -53,8 +56,9 @@ def build_index(
     """
     config = config or IndexConfig()
     require(bool(domains or corpora), "there is nothing to index; give --domain NAME=BEIR_DIR or --corpus FILE.jsonl")
-    published = artifact.read(model, MODEL_KIND)
+    artifact.read(model, MODEL_KIND)  # a bare base can be loaded, but has no experts to index for
     loaded = Model.load(model)
+    published = loaded.published
     if unknown := [name for name in domains if name not in loaded.experts]:
         raise ConfigError(
             f"{model} has no expert {unknown[0]} (it has {', '.join(loaded.experts)}); add it with `moeret experts add`, "
@@ -70,16 +74,25 @@ def build_index(
     }
     with artifact.writing(out):
         if artifact.exists(out) and (finished := _finished(out, request, overwrite)):
+            _remove_leftovers(out, finished)
             return finished
         draft = Draft(out, KIND)
+        # The model first: it may get another expert, and lose its present router, while documents are embedded.
+        prefix = f"{_MODEL}{published.fingerprint[:12]}"
+        draft.include(published, prefix)
         total = sum(map(len, read.values())) + len(loose)
         with progress_bar("Embedding", total, shown=show_progress_bar, unit="documents") as advance:
             vectors = _Vectors(loaded, published, out / _WORK, advance)
             placed = {name: (documents, vectors.of(documents, name)) for name, documents in read.items()}
             placed = _place(loaded, placed, loose, vectors)
-        meta = _write(draft, loaded, published, placed, config, show_progress_bar)
-        finished = draft.publish({**meta, "config": to_json(config), "request": request})
-        _remove_work(out / _WORK)
+        meta = {
+            "model": {"folder": prefix, "fingerprint": published.fingerprint},
+            **_write(draft, placed, config, show_progress_bar),
+            "config": to_json(config),
+            "request": request,
+        }
+        finished = draft.publish(meta)
+        _remove_leftovers(out, finished)
         return finished
 
 
@@ -137,11 +150,14 @@ def _kind(out: Path) -> str | None:
         return None
 
 
-def _remove_work(work: Path) -> None:
-    """Deletes the kept vectors, and nothing that someone else may have in the same folder."""
-    shutil.rmtree(work / VECTORS, ignore_errors=True)
+def _remove_leftovers(out: Path, finished: Artifact) -> None:
+    """Deletes what killed jobs kept: vectors, and models of other versions; nothing that someone else may have put there."""
+    shutil.rmtree(out / _WORK / VECTORS, ignore_errors=True)
     with contextlib.suppress(OSError):
-        work.rmdir()
+        (out / _WORK).rmdir()
+    for folder in out.glob(f"{_MODEL}*"):
+        if re.fullmatch(f"{_MODEL}[0-9a-f]{{12}}", folder.name) and folder.name != finished.meta["model"]["folder"]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vectors: _Vectors) -> Placed:
@@ -172,9 +188,7 @@ def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vec
     return {name: placed[name] for name in names if name in placed}
 
 
-def _write(
-    draft: Draft, model: Model, published: Artifact, placed: Placed, config: IndexConfig, show_progress_bar: bool
-) -> dict[str, Any]:
+def _write(draft: Draft, placed: Placed, config: IndexConfig, show_progress_bar: bool) -> dict[str, Any]:
     documents = [document for own, _ in placed.values() for document in own]
     starts = np.cumsum([0, *(len(own) for own, _ in placed.values())])
     with (
@@ -187,11 +201,8 @@ def _write(
             for (name, (own, vectors)), start in zip(placed.items(), starts, strict=False)
         }
         segments = {name: write_segment(draft, f"{name}-0", job.result()) for name, job in jobs.items()}
-    prefix = f"model-{published.fingerprint[:12]}"
-    draft.include(published, prefix)
     same = _same_documents(documents)
     return {
-        "model": {"folder": prefix, "fingerprint": published.fingerprint},
         "documents": {
             "count": len(documents),
             "file": draft.add("documents.sqlite", lambda path: write_documents(path, documents)),

@@ -8,7 +8,6 @@ searches may run in any number of threads.
 """
 
 import errno
-import errno
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,19 +171,6 @@ def _save(graph: hnswlib.Index, path: Path) -> None:
     written, whole = path.stat().st_size, graph.index_file_size()
     if written != whole:  # hnswlib does not notice a full disk
         raise OSError(errno.ENOSPC, f"only {written} of {whole} bytes could be written", str(path))
-
-
-def _save(graph: hnswlib.Index, path: Path) -> None:
-    """Saves a graph and reads it back, because hnswlib does not notice a write that fails.
-
-    Raises:
-      OSError: the file is not whole.
-    """
-    graph.save_index(str(path))
-    try:
-        hnswlib.Index(space="ip", dim=graph.dim).load_index(str(path))
-    except RuntimeError as error:
-        raise OSError(errno.ENOSPC, f"the graph could not be written whole ({error}); is the disk full?", str(path)) from None
 
 
 def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> hnswlib.Index:

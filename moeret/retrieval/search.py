@@ -59,7 +59,8 @@ class Retriever:
         self._starts = np.cumsum([0, *(meta["experts"][name]["documents"] for name in self._names)])[:-1]
         self._documents = DocumentStore(published.path(meta["documents"]["file"]))
         self.sizes: dict[str, int] = {name: expert["documents"] for name, expert in meta["experts"].items()}
-        self._calibration = {entry["name"]: entry.get("calibration") for entry in model.published.meta["experts"]}
+        self._calibration = {entry["name"]: entry["calibration"] for entry in model.published.meta["experts"]}
+        self._calibration[BASE_EXPERT] = model.published.meta["base"]["calibration"]
         self.fusion: Fusion = "score" if model.tower == "query" else "calibrated"
 
     @classmethod
@@ -69,12 +70,15 @@ class Retriever:
         Raises:
           ArtifactError: the index or its model is damaged, unfinished, or `model` is another one.
         """
-        published = artifact.read(Path(index), KIND)
+        return artifact.load(Path(index), KIND, lambda published: cls._from_artifact(published, model))
+
+    @classmethod
+    def _from_artifact(cls, published: Artifact, model: Model | None) -> "Retriever":
         built_with = published.meta["model"]["fingerprint"]
         model = model or Model.load(published.root / published.meta["model"]["folder"])
         if model.published is None or model.published.fingerprint != built_with:
             raise ArtifactError(
-                f"{index} was built with another model (fingerprint {built_with[:12]}); search it with its own, or build it anew"
+                f"{published.root} was built with another model ({built_with[:12]}); search it with its own, or build it anew"
             )
         return cls(published, model)
 
@@ -131,7 +135,7 @@ class Retriever:
         for name, segments in self._segments.items():
             rows = np.flatnonzero(plan.weights[name] > 0)
             if len(rows):
-                slope, intercept = self._calibration.get(name) or (1.0, 0.0)
+                slope, intercept = self._calibration[name] or (1.0, 0.0)
                 for segment in segments:
                     found = segment.search(plan.vectors(name, rows), k)
                     for row, (hits, scores) in zip(rows, found, strict=True):
@@ -227,7 +231,12 @@ class Retriever:
         require(
             fusion is None or fusion in fusions, f"there is no fusion {fusion!r}; choose one of {', '.join(fusions)}"
         )
-        if self.model.tower == "both":
+        if self.model.tower == "query":
+            require(
+                fusion != "calibrated",
+                "one document space needs no calibration; use score or rrf",
+            )
+        else:
             require(
                 route != BASE_EXPERT, "the base cannot search this index: its documents are in their experts' spaces"
             )
@@ -248,8 +257,10 @@ def _weight(name: str, route: Route, indexes: Collection[str]) -> float:
     """How much an index weighs on a route; 0 if it is not searched.
 
     Searched are the chosen experts' indexes, and everything where the router abstained or chose none that is here. The
-    base's own index, of documents that no expert owns, always is.
+    base's own index, of documents that no expert owns, always is, with the mean weight of the chosen.
     """
     if not any(expert in indexes for expert in route.experts):
         return max(route.probabilities.get(name, 1 / (1 + len(route.probabilities))), _LEAST_WEIGHT)
-    return route.experts.get(name, 0.0) if name != BASE_EXPERT else 1.0
+    if name == BASE_EXPERT:
+        return sum(route.experts.values()) / len(route.experts)
+    return route.experts.get(name, 0.0)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moeret.config import TrainConfig, require
-from moeret.data.buckets import TOKENS_PER_BATCH, Batch, bucket_edges, pad
+from moeret.data.buckets import Batch, bucket_edges, pad
 from moeret.data.negatives import mine_hard_negatives
 from moeret.data.plan import TRAINING_BUCKETS, BatchPlan, MicroBatch
 from moeret.training.mesh import replicate, shard_rows
@@ -53,7 +53,7 @@ class Batches:
         self.frozen = replicate(mesh, Frozen(params, pool))
         self._sets, self._config, self._document_ids = sets, config, document_ids
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
-        self._plan = BatchPlan.make(self.names, lengths, config.batch_size, config.seed, TOKENS_PER_BATCH * mesh.size)
+        self._plan = BatchPlan.make(self.names, lengths, config.batch_size, config.seed, mesh.size)
         if document_ids is None:
             most = max(len(positives) for own in sets for positives in own.positives)
             self._positives = [_padded(own.positives, most) for own in sets]

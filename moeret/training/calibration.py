@@ -4,6 +4,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 _STEPS, _RIDGE = 50, 1e-3
+_LEAST_SLOPE = 1e-2
+"""A higher score never means a lower chance."""
 
 
 def fit_logistic(scores: Float[np.ndarray, "K"], relevant: Bool[np.ndarray, "K"]) -> tuple[float, float]:
@@ -22,4 +24,7 @@ def fit_logistic(scores: Float[np.ndarray, "K"], relevant: Bool[np.ndarray, "K"]
         fitted -= step
         if np.abs(step).max() < 1e-8:
             break
+    if fitted[0] < _LEAST_SLOPE:  # scores that say nothing, or the opposite: keep their order, and the mean chance
+        share = wanted.mean()
+        return _LEAST_SLOPE, float(np.log(max(share, 1e-9) / max(1 - share, 1e-9)) - _LEAST_SLOPE * scores.mean())
     return float(fitted[0]), float(fitted[1])

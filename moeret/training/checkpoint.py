@@ -30,10 +30,20 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, tree: Any) -> None:
-        """Saves a tree of arrays as `step`, unless that step is saved already; on disk when this returns."""
+        """Saves a tree of arrays as `step`, unless that step is saved already; on disk when this returns.
+
+        Raises:
+          CheckpointError: it cannot be written; the checkpoints before it are whole.
+        """
         if self._manager.latest_step() != step:
-            self._manager.save(step, args=ocp.args.StandardSave(tree))
-            self._manager.wait_until_finished()
+            try:
+                self._manager.save(step, args=ocp.args.StandardSave(tree))
+                self._manager.wait_until_finished()
+            except Exception as error:  # orbax and tensorstore raise many kinds, also for a full disk
+                raise CheckpointError(
+                    f"checkpoint {step} cannot be written to {self._folder} ({_reason(error)}); "
+                    "make room, then the same command goes on from the one before"
+                ) from None
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """(step, tree) of the newest checkpoint, placed as the arrays of `like` are; None where there is none.
@@ -48,8 +58,13 @@ class Checkpoints:
         try:
             return step, self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and tensorstore raise many kinds
-            reason = str(error).strip().partition("\n")[0][:200]
             raise CheckpointError(
-                f"checkpoint {step} in {self._folder} cannot be read ({type(error).__name__}: {reason}); "
+                f"checkpoint {step} in {self._folder} cannot be read ({_reason(error)}); "
                 f"delete {self._folder / str(step)} to go on from the one before"
             ) from None
+
+
+def _reason(error: Exception) -> str:
+    """An error's kind and first line."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first[:200]}"

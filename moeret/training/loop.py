@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,6 @@ class MetricsLog:
     """Metrics as JSON lines; a resumed run first drops the lines that it will write again."""
 
     path: Path
-    started: float = field(default_factory=time.monotonic)
 
     def resume(self, step: int) -> None:
         """Keeps only lines up to this step."""

@@ -10,8 +10,8 @@ DATA = "data"
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with one axis, over which batch rows are split; all local devices unless given."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh with one axis, over which batch rows are split; this process's devices unless given."""
+    devices = jax.local_devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
 
 

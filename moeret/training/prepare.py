@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.data.beir import Domain, carve_dev, read_domain, sample
+from moeret.errors import DataError
 from moeret.models.embed import Embedder, cached_vectors
 from moeret.models.model import Profile
 from moeret.progress import progress_bar
@@ -36,7 +37,10 @@ def read_domains(domains: dict[str, Path]) -> list[Domain]:
     read = [read_domain(name, path, ("train",), optional=("dev",)) for name, path in domains.items()]
     for domain in read:
         if "dev" not in domain.splits:
-            domain.splits["train"], domain.splits["dev"] = carve_dev(domain.splits["train"])
+            try:
+                domain.splits["train"], domain.splits["dev"] = carve_dev(domain.splits["train"])
+            except DataError as error:
+                raise DataError(f"{domain.path / 'qrels' / 'train.tsv'}: {error}") from None
     return read
 
 

@@ -27,6 +27,7 @@ THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 CAUTION = 0.001
 """Dev nDCG@10 that may be given up for abstaining more often: dev has no queries of unknown domains, users do."""
 _STEPS, _L2 = 200, 1e-4
+_UNSEARCHED = -2.0  # below any cosine
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,8 @@ def choose_document_router(
 def _cautious_by_share(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]], share: float = 0.01) -> Router:
     """The highest threshold at which at most `share` of dev abstains."""
     best = np.concatenate([router.probabilities(own).max(axis=1) for own in dev])
+    if len(dev) == 1:
+        return router  # one expert always has probability 1: no threshold means anything
     return replace(router, threshold=max(t for t in THRESHOLDS if (best < t).mean() <= share))
 
 
@@ -159,6 +162,8 @@ class DevSearch:
                 ]
                 results.append((float(np.mean(scores)), replace(candidate, threshold=threshold)))
         top = max(score for score, _ in results)
+        if len(self.dev) == 1:
+            return max(results, key=lambda result: result[0])  # no threshold means anything for one expert
         return max((r for r in results if r[0] >= top - CAUTION), key=lambda r: (r[1].threshold, r[0]))
 
     def _routed(self, router: Router, own: DevSet) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
@@ -189,11 +194,12 @@ def dev_ndcg(
     for start in range(0, len(queries), at_once):
         scores = vectors[start : start + at_once] @ pool.T
         if owner is not None:
-            scores[~used[start : start + at_once][:, owner]] = -2.0
+            scores[~used[start : start + at_once][:, owner]] = _UNSEARCHED
         top = np.argpartition(-scores, min(10, scores.shape[1] - 1), axis=1)[:, :10]
         for row, query in enumerate(queries[start : start + at_once]):
             run[query] = {
                 dev.ids[hit - first] if 0 <= hit - first < len(dev.ids) else f"\t{hit}": float(scores[row, hit])
                 for hit in top[row].tolist()
+                if scores[row, hit] > _UNSEARCHED
             }
     return np.array([*metrics.per_query(dev.judged.qrels, run, (metrics.NDCG,))[metrics.NDCG].values()])

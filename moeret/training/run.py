@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ from safetensors.numpy import save_file
 
 from moeret import artifact
 from moeret.artifact import Artifact, Draft
-from moeret.config import DEFAULT_BASE, TrainConfig, differences, require, to_json
+from moeret.config import DEFAULT_BASE, ExpertConfig, TrainConfig, differences, require, to_json
 from moeret.data.beir import check_name
 from moeret.errors import ConfigError
 from moeret.models import experts
 from moeret.models.embed import Embedder
-from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile
+from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
 from moeret.training.batches import Batches
@@ -60,7 +61,15 @@ def train(
     with artifact.writing(out):
         if artifact.exists(out):
             finished = artifact.read(out, KIND)
-            _require_same(finished.meta["request"], request, f"{out} is a finished model made with other arguments")
+            _require_same(
+                finished.meta["request"], request, f"{out} is a finished model made with other arguments", out
+            )
+            names = [entry["name"] for entry in finished.meta["experts"]]
+            require(
+                names == [*domains],
+                f"{out} was trained with these arguments, but its experts have changed since (now {', '.join(names)}); "
+                "use `moeret experts`, or choose another directory",
+            )
             return finished
         work = _open_work(out / WORK, request)
         embedder = Embedder(encoder, {})
@@ -78,7 +87,7 @@ def train(
             draft.copy(f"base/{name}", path)
         entries = _write_experts(draft, data, trained, config, domains)
         meta = {
-            "base": {"name": base, "fingerprint": encoder.fingerprint},
+            "base": {"name": base, "fingerprint": encoder.fingerprint, "calibration": trained.calibration[0]},
             "tower": config.tower,
             "expert": to_json(config.expert),
             "experts": entries,
@@ -101,15 +110,17 @@ def add_expert(
       DataError, BusyError: as for `train`.
     """
     check_name(name)
+    artifact.read(model, KIND)  # nothing is locked or made where there is no model
     with artifact.writing(model):
-        published = artifact.read(model, KIND)
         loaded = Model.load(model)
+        published = loaded.published
         shape = {key: tuple(v) if isinstance(v, list) else v for key, v in published.meta["expert"].items()}
-        config = dataclasses.replace(
-            config or TrainConfig(),
-            tower=published.meta["tower"],
-            expert=type(TrainConfig().expert)(**shape),
-        )
+        own = TrainConfig(tower=published.meta["tower"], expert=ExpertConfig(**shape))
+        config = config or own
+        for field, default in (("tower", TrainConfig().tower), ("expert", ExpertConfig())):
+            asked, has = getattr(config, field), getattr(own, field)
+            require(asked in (default, has), f"every expert of {model} has {field} {has}; it cannot be {asked}")
+        config = dataclasses.replace(config, tower=own.tower, expert=own.expert)
         read = read_domains({name: domain})
         request = {**to_json(config), f"domain {name}": source_digests(domain)}
         if name in loaded.experts:
@@ -119,7 +130,8 @@ def add_expert(
                 f"{model} already has an expert {name}, made from other data or settings; remove it first",
             )
             return published
-        work = _open_work(model / WORK / f"add-{name}", request)
+        # Its negatives are the other experts' documents: another set of experts is another run.
+        work = _open_work(model / WORK / f"add-{name}", {**request, "model": published.fingerprint})
         profiles = [read_profile(published, entry["profile"]) for entry in published.meta["experts"]]
         embedder = Embedder(loaded.base, {})
         data = prepare(
@@ -133,7 +145,9 @@ def add_expert(
         trained = _learn(data, embedder, config, work, show_progress_bar=show_progress_bar)
         draft = Draft(model, KIND)
         entries = [*published.meta["experts"], *_write_experts(draft, data, trained, config, {name: domain})]
-        return _publish_next(draft, published, entries, [*profiles, *data.profiles], loaded.query_router)
+        finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
+        shutil.rmtree(work)
+        return finished
 
 
 def remove_expert(model: Path, name: str) -> Artifact:
@@ -142,6 +156,7 @@ def remove_expert(model: Path, name: str) -> Artifact:
     Raises:
       ConfigError: there is no such expert, or it is the last one.
     """
+    artifact.read(model, KIND)  # nothing is locked or made where there is no model
     with artifact.writing(model):
         published = artifact.read(model, KIND)
         entries = published.meta["experts"]
@@ -150,20 +165,22 @@ def remove_expert(model: Path, name: str) -> Artifact:
         require(len(names) > 1, f"{name} is the only expert of {model}; a model needs at least one")
         kept = [entry for entry in entries if entry["name"] != name]
         profiles = [read_profile(published, entry["profile"]) for entry in kept]
-        return _publish_next(Draft(model, KIND), published, kept, profiles, Model.load(model).query_router)
+        return _publish_next(Draft(model, KIND), published, kept, profiles)
 
 
 def _publish_next(
-    draft: Draft, published: Artifact, entries: list[dict], profiles: Sequence[Profile], before: Router
+    draft: Draft, published: Artifact, entries: list[dict[str, Any]], profiles: Sequence[Profile]
 ) -> Artifact:
-    """The next version of a model with these experts, and a router that keeps the rules of the one before."""
+    """The next version of a model with these experts, and a refitted router, no more cautious than the one before."""
+    before = read_routers(published)["query"]
     for name in published.files:
         if name.startswith("base/") or name in {entry[key] for entry in entries for key in ("file", "profile")}:
             draft.keep(published, name)
     query_router, report = choose_query_router(
         [profile.train_queries for profile in profiles], [profile.dev_queries for profile in profiles]
     )
-    query_router = dataclasses.replace(query_router, minimum=before.minimum, threshold=before.threshold)
+    threshold = min(before.threshold, query_router.threshold)
+    query_router = dataclasses.replace(query_router, minimum=before.minimum, threshold=threshold)
     router = _write_routers(draft, query_router, _document_router(profiles), report)
     return draft.publish({**published.meta, "experts": entries, "router": router})
 
@@ -180,21 +197,23 @@ def _open_work(work: Path, request: dict[str, Any]) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     file = work / "request.json"
     if file.is_file():
-        _require_same(json.loads(file.read_text()), request, f"{work} holds an unfinished run with other arguments")
+        _require_same(
+            json.loads(file.read_text()), request, f"{work} holds an unfinished run with other arguments", work
+        )
     else:
         artifact.write_atomically(file, json.dumps(request, indent=1).encode())
     return work
 
 
-def _require_same(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+def _require_same(old: dict[str, Any], new: dict[str, Any], what: str, folder: Path) -> None:
     if old != new:
         raise ConfigError(
-            f"{what} ({differences(old, new)}); repeat them, choose another directory, or delete this one to start over"
+            f"{what} ({differences(old, new)}); repeat them, choose another directory, or delete {folder} to start over"
         )
 
 
 class Learned(NamedTuple):
-    """Experts at their best steps, and how their scores tell relevance (None where they need not)."""
+    """Experts at their best steps, and how the base's and their scores tell relevance (None where they need not)."""
 
     fitted: Fitted
     calibration: Sequence[tuple[float, float] | None]
@@ -243,7 +262,7 @@ def _write_experts(
                 "base_dev_ndcg": round(float(trained.fitted.base_dev[number]), 5),
                 "dev_ndcg": round(float(trained.fitted.dev[number]), 5),
                 "step": int(trained.fitted.steps[number]),
-                "calibration": trained.calibration[number],
+                "calibration": trained.calibration[number + 1],
                 "request": {**to_json(config), f"domain {own.name}": source_digests(domains[own.name])},
             }
         )

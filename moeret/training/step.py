@@ -1,7 +1,7 @@
 """One training step as pure functions: gradients add up over micro-batches, then one update.
 
 A micro-batch is of one expert, and every expert's rows weigh 1 / batch_size, so the gradient of an expert, and with an
-elementwise optimizer its whole path, is the same whether it trains alone or beside others.
+elementwise optimizer its whole path, is the same whether it trains alone or beside others on the same pool of documents.
 """
 
 from typing import Any, NamedTuple
@@ -65,11 +65,12 @@ class Totals(NamedTuple):
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW with a linear warm-up and a cosine decay to zero; elementwise, so experts never mix."""
+    decay = max(2, config.steps)
     schedule = optax.schedules.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=max(1, round(config.warmup * config.steps)),
-        decay_steps=max(2, config.steps),
+        warmup_steps=min(max(1, round(config.warmup * config.steps)), decay - 1),
+        decay_steps=decay,
     )
     return optax.adamw(schedule, weight_decay=config.weight_decay)
 

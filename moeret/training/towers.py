@@ -10,7 +10,7 @@ from moeret.training.prepare import Prepared
 from moeret.training.routing import DevSet, dev_ndcg
 
 CANDIDATES = 10
-"""Both towers: dev searches among the relevant documents and this many of the base's best for each dev query."""
+"""Both towers: dev searches among the judged documents and this many of the base's best for each dev query."""
 
 
 class QueryTower:
@@ -32,8 +32,8 @@ class QueryTower:
         return scores
 
     def calibration(self, bank: Bank) -> list[None]:
-        """One document space needs none."""
-        return [None] * len(self._data.dev)
+        """One document space needs none, neither for the base nor for its experts."""
+        return [None] * (1 + len(self._data.dev))
 
 
 class BothTowers:
@@ -60,16 +60,23 @@ class BothTowers:
         return scores
 
     def calibration(self, bank: Bank) -> list[tuple[float, float]]:
-        """(slope, intercept) of each expert: its scores against relevance, for each dev query's best candidates."""
-        fitted = []
-        for number, (own, _) in enumerate(self._dev):
-            queries, documents = self._encoded(bank, number)
-            scores = queries @ documents.T
-            relevant = np.array([[judged.get(id, 0) > 0 for id in own.ids] for judged in own.judged.qrels.values()])
-            depth = min(CANDIDATES, scores.shape[1])
-            shown = relevant | (scores >= np.partition(scores, -depth, axis=1)[:, [-depth]])
-            fitted.append(fit_logistic(scores[shown], relevant[shown]))
-        return fitted
+        """(slope, intercept) of the base, then of each expert: scores against relevance, for dev queries' best candidates."""
+        own = [self._shown(number, *self._encoded(bank, number)) for number in range(len(self._dev))]
+        base = [
+            self._shown(number, dev.vectors, self._embedder.base(texts))
+            for number, (dev, texts) in enumerate(self._dev)
+        ]
+        return [fit_logistic(*map(np.concatenate, zip(*base, strict=True))), *(fit_logistic(*shown) for shown in own)]
+
+    def _shown(
+        self, number: int, queries: Float[np.ndarray, "Q D"], documents: Float[np.ndarray, "C D"]
+    ) -> tuple[Float[np.ndarray, "K"], Bool[np.ndarray, "K"]]:
+        """(score, relevant) of each dev query's relevant documents and of its best candidates."""
+        own, scores = self._dev[number][0], queries @ documents.T
+        relevant = np.array([[judged.get(id, 0) > 0 for id in own.ids] for judged in own.judged.qrels.values()])
+        depth = min(CANDIDATES, scores.shape[1])
+        shown = relevant | (scores >= np.partition(scores, -depth, axis=1)[:, [-depth]])
+        return scores[shown], relevant[shown]
 
     def _encoded(self, bank: Bank, number: int) -> tuple[Float[np.ndarray, "Q D"], Float[np.ndarray, "C D"]]:
         """An expert's dev queries and their candidates."""
@@ -86,7 +93,7 @@ def _only(number: int, count: int) -> tuple[Int[np.ndarray, "N 1"], Float[np.nda
 
 
 def _candidates(dev: DevSet, pool: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "C"]:
-    """Rows of the pool: every relevant document of the dev queries, and the base's best of the domain for each."""
+    """Rows of the pool: every judged document of the dev queries, and the base's best of the domain for each."""
     first, own = int(dev.documents[0]), pool[dev.documents]
     place = {id: row for row, id in enumerate(dev.ids)}
     rows = {place[id] for documents in dev.judged.qrels.values() for id in documents}

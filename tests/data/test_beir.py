@@ -354,7 +354,7 @@ def test_dev_is_carved_out_alike_whatever_the_order_and_never_overlaps(ids, shar
 
 
 def test_one_query_cannot_be_split():
-    with pytest.raises(DataError, match="at least two judged queries"):
+    with pytest.raises(DataError, match="give at least two"):
         carve_dev(judged(["alone"]))
 
 

@@ -15,8 +15,8 @@ batch_sizes = st.integers(1, 40)
 seeds = st.integers(0, 5)
 
 
-def make(own: dict[str, np.ndarray], batch_size: int, seed: int = 0, tokens: int = 64) -> BatchPlan:
-    return BatchPlan.make(list(own), list(own.values()), batch_size, seed, tokens)
+def make(own: dict[str, np.ndarray], batch_size: int, seed: int = 0, devices: int = 1) -> BatchPlan:
+    return BatchPlan.make(list(own), list(own.values()), batch_size, seed, devices)
 
 
 @settings(deadline=None)
@@ -65,9 +65,9 @@ def test_seeds_epochs_and_names_shuffle_differently():
 
 
 @settings(deadline=None)
-@given(own=experts, batch_size=batch_sizes, step=st.integers(0, 20), tokens=st.integers(1, 300))
-def test_micro_batches_cover_exactly_the_queries_of_their_step_and_fit_their_shapes(own, batch_size, step, tokens):
-    plan = make(own, batch_size, tokens=tokens)
+@given(own=experts, batch_size=batch_sizes, step=st.integers(0, 20), devices=st.integers(1, 6))
+def test_micro_batches_cover_exactly_the_queries_of_their_step_and_fit_their_shapes(own, batch_size, step, devices):
+    plan = make(own, batch_size, devices=devices)
     assert len(plan.edges) <= TRAINING_BUCKETS
     for expert, lengths in enumerate(own.values()):
         batches = list(plan.step(step, expert))
@@ -76,7 +76,7 @@ def test_micro_batches_cover_exactly_the_queries_of_their_step_and_fit_their_sha
         for batch in batches:
             assert batch.expert == expert
             assert batch.edge in plan.edges
-            assert batch.size == full_size(batch.edge, tokens)
+            assert batch.size == full_size(batch.edge) * devices
             assert 1 <= len(batch.queries) <= batch.size
             assert lengths[batch.queries].max() <= batch.edge
         assert all(len(batch.queries) == batch.size for batch in batches[:-1])  # only the last may be short
@@ -84,11 +84,11 @@ def test_micro_batches_cover_exactly_the_queries_of_their_step_and_fit_their_sha
 
 
 def test_a_query_moves_to_a_longer_bucket_only_to_fill_a_batch():
-    for short, rest in ((20, [(8, 4, 4), (8, 4, 3)]), (16, [(8, 4, 3)])):
-        plan = make({"law": np.array([4] * short + [8] * 3)}, short + 3, tokens=32)
+    for short, rest in ((320, [(8, 64, 64), (8, 64, 48)]), (256, [(8, 64, 48)])):
+        plan = make({"law": np.array([4] * short + [8] * 48)}, short + 48)
         shapes = [(batch.edge, batch.size, len(batch.queries)) for batch in plan.step(0, 0)]
         assert plan.edges == (4, 8)
-        assert shapes == [(4, 8, 8), (4, 8, 8), *rest]
+        assert shapes == [(4, 128, 128), (4, 128, 128), *rest]
 
 
 @settings(deadline=None)

@@ -284,18 +284,3 @@ def test_eight_threads_find_what_one_finds(thousand):
         for (rows, scores), (same_rows, same_scores) in zip(one, other, strict=True):
             np.testing.assert_array_equal(rows, same_rows)
             np.testing.assert_array_equal(scores, same_scores)
-
-
-def test_a_graph_that_the_disk_has_no_room_for_is_noticed(tmp_path):
-    """Without a check, hnswlib would leave a cut-off file and say nothing; a limit on file sizes stands in for the disk."""
-    vectors = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
-    segment = build_segment(vectors, np.arange(1000), IndexConfig(exact_below=10))
-    draft = Draft(tmp_path, "index")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
-        with pytest.raises(OSError, match="could not be written whole"):
-            write_segment(draft, "full", segment)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.rglob("*.hnsw*")) == []

@@ -54,3 +54,10 @@ def test_logistic_calibration_recovers_the_curve_that_made_the_data():
     relevant = random.uniform(size=len(scores)) < 1 / (1 + np.exp(-(4 * scores - 1)))
     slope, intercept = fit_logistic(scores, relevant)
     assert abs(slope - 4) < 0.3 and abs(intercept + 1) < 0.1
+
+
+def test_logistic_calibration_never_turns_a_ranking_around():
+    scores = np.linspace(0, 1, 100)
+    slope, intercept = fit_logistic(scores, scores < 0.3)
+    chances = 1 / (1 + np.exp(-(slope * scores + intercept)))
+    assert (np.diff(chances) > 0).all() and abs(chances.mean() - 0.3) < 0.01
