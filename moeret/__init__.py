@@ -27,6 +27,7 @@ _HOMES = {
     "build_index": "retrieval.build",
     "evaluate": "evaluation.benchmark",
     "remove_expert": "training.run",
+    "score_run": "evaluation.benchmark",
     "train": "training.run",
 }
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "build_index",
     "evaluate",
     "remove_expert",
+    "score_run",
     "train",
 ]
 

@@ -341,7 +341,8 @@ def main() -> None:
         place = error.filename2 or error.filename
         _fail(f"{error.strerror or error}{f': {place}' if place else ''}; nothing published was changed")
     except KeyboardInterrupt:
-        _complain("interrupted; the same command goes on from where it was saved last")
+        resumable = isinstance(command, Quickstart | Train | Index | Experts)
+        _complain("interrupted" + ("; the same command goes on from where it was saved last" if resumable else ""))
         sys.exit(130)
 
 

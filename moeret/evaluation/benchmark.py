@@ -186,6 +186,32 @@ def evaluate(
     return report
 
 
+def score_run(run_file: Path, domains: dict[str, Path], *, split: str = "test") -> dict[str, Any]:
+    """Scores a TREC run, of any system, on one split of each domain: `domains` and `mean` as in `evaluate`.
+
+    Ids are as `evaluate` writes them: plain for one domain, with the domain's name and a slash in front for several.
+
+    Raises:
+      DataError: a run or a domain that cannot be read.
+    """
+    require(bool(domains), "there is no domain to evaluate; give at least one NAME=BEIR_DIR")
+    run = metrics.read_run(run_file)
+    runs, values = {}, {}
+    for name, path in domains.items():
+        qrels = read_domain(name, path, (split,)).splits[split].qrels
+        prefix = f"{name}/" if len(domains) > 1 else ""
+        runs[name] = {
+            query: {
+                id.removeprefix(prefix) if id.startswith(prefix) else f"{_FOREIGN}{id}": s for id, s in hits.items()
+            }
+            for query in qrels
+            if (hits := run.get(prefix + query))
+        }
+        values[name] = metrics.per_query(qrels, runs[name])
+    result = Result(values, runs)
+    return {"split": split, "domains": result.table(), "mean": result.mean()}
+
+
 def _search(retriever: Retriever, test: TestSet, mode: str, advance) -> Searched:
     route = test.name if mode == "oracle" else mode
     texts = [*test.judged.queries.values()]
@@ -237,7 +263,12 @@ def _cost(retriever: Retriever, searched: dict[str, Searched]) -> dict[str, floa
         for found in searched.values()
     ]
     indexes, share = np.mean(per_domain, axis=0)
-    return {"indexes": float(indexes), "documents_share": float(share), "indexes_total": len(retriever.sizes)}
+    return {
+        "indexes": float(indexes),
+        "indexes_total": len(retriever.sizes),
+        "documents": float(share) * total,
+        "documents_share": float(share),
+    }
 
 
 def _one_run(sets: Sequence[TestSet], runs: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

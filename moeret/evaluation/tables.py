@@ -35,7 +35,7 @@ def _routing_table(report: dict[str, Any]) -> Table:
         table.add_row("most probable expert is the domain's", f"{router['accuracy']:.1%}")
     table.add_row("abstained to the base", f"{router['abstained']:.1%}")
     table.add_row("indexes searched per query", f"{cost['indexes']:.2f} of {cost['indexes_total']}")
-    table.add_row("share of documents in them", f"{cost['documents_share']:.1%}")
+    table.add_row("documents in them", f"{cost['documents']:,.0f} ({cost['documents_share']:.1%})")
     if "regret" in report:
         regret = report["regret"]
         table.add_row("nDCG@10 lost to the known-domain oracle", f"{sum(regret.values()) / len(regret):.4f}")

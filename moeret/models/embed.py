@@ -91,7 +91,7 @@ class Embedder:
         return _unit_rows(out) if normalize else out
 
     def routed(
-        self, texts: Sequence[str], choose: Choose, *, normalize: bool = True
+        self, texts: Sequence[str], choose: Choose, *, normalize: bool = True, advance: Advance | None = None
     ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
         """(base, merged) embeddings; the lower layers are read once for both.
 
@@ -105,6 +105,8 @@ class Embedder:
             experts, weights = choose(_unit_rows(base[rows]))
             if weights.any():
                 merged[rows] = self._run_branch(x, lengths, experts, weights)[: len(rows)]
+            if advance:
+                advance(len(rows))
         return (_unit_rows(base), _unit_rows(merged)) if normalize else (base, merged)
 
     def _batches(self, texts: Sequence[str]):

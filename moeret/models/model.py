@@ -117,14 +117,10 @@ class Model:
         check_texts(inputs)
         texts = self.with_prompt(inputs, "query", prompt)
         normalize = normalize_embeddings or self.base.config.normalize
+        if not (isinstance(expert, str) and expert == "auto"):
+            return self._encode(texts, *self.mixture(expert, len(texts)), normalize, show_progress_bar)
         with progress_bar("Encoding", len(texts), shown=show_progress_bar, unit="texts") as advance:
-            if isinstance(expert, str) and expert == "auto":
-                _, vectors = self.embedder.routed(texts, self.choose, normalize=normalize)
-                return vectors
-            numbers, weights = self.mixture(expert, len(texts))
-            if not weights.any():
-                return self.embedder.base(texts, normalize=normalize, advance=advance)
-            return self.embedder.mixed(texts, numbers, weights, normalize=normalize, advance=advance)
+            return self.embedder.routed(texts, self.choose, normalize=normalize, advance=advance)[1]
 
     def encode_document(
         self,
@@ -142,9 +138,16 @@ class Model:
         check_texts(inputs)
         texts = self.with_prompt(inputs, "document", prompt)
         numbers, weights = self.mixture(expert, len(texts))
+        if self.tower == "query":
+            weights = np.zeros_like(weights)
         normalize = normalize_embeddings or self.base.config.normalize
+        return self._encode(texts, numbers, weights, normalize, show_progress_bar)
+
+    def _encode(
+        self, texts: list[str], numbers: np.ndarray, weights: np.ndarray, normalize: bool, show_progress_bar: bool
+    ) -> Float[np.ndarray, "N D"]:
         with progress_bar("Encoding", len(texts), shown=show_progress_bar, unit="texts") as advance:
-            if self.tower == "query" or not weights.any():
+            if not weights.any():
                 return self.embedder.base(texts, normalize=normalize, advance=advance)
             return self.embedder.mixed(texts, numbers, weights, normalize=normalize, advance=advance)
 

@@ -52,7 +52,10 @@ def train(
     require(len(domains) > 0, "there is no domain to train on; give at least one NAME=BEIR_DIR")
     read = read_domains(domains)
     encoder = load_base(base, find_base(base))
-    _check_expert_config(config, encoder.config.layers)
+    layers = encoder.config.layers
+    require(
+        config.expert.layers <= layers, f"the base has {layers} layers; experts cannot change {config.expert.layers}"
+    )
     request = {
         **to_json(config),
         "base": encoder.fingerprint,
@@ -183,13 +186,6 @@ def _publish_next(
     query_router = dataclasses.replace(query_router, minimum=before.minimum, threshold=threshold)
     router = _write_routers(draft, query_router, _document_router(profiles), report)
     return draft.publish({**published.meta, "experts": entries, "router": router})
-
-
-def _check_expert_config(config: TrainConfig, layers: int) -> None:
-    require(
-        config.expert.layers <= layers,
-        f"the base has {layers} layers; experts cannot change {config.expert.layers} of them",
-    )
 
 
 def _open_work(work: Path, request: dict[str, Any]) -> Path:

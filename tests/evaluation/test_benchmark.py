@@ -299,3 +299,15 @@ def test_mistyped_arguments_are_refused(retriever, domains, arguments, message):
 def test_no_domain_is_refused(retriever):
     with pytest.raises(moeret.ConfigError, match="no domain to evaluate"):
         moeret.evaluate(retriever, {})
+
+
+def test_a_written_run_scores_what_the_report_says(index_folder, two_domains, tmp_path):
+    retriever = moeret.Retriever.load(index_folder)
+    for domains in (two_domains, {"metal": two_domains["metal"]}):
+        report = moeret.evaluate(retriever, domains, run_file=tmp_path / "run.trec")
+        again = moeret.score_run(tmp_path / "run.trec", domains)
+        assert again["mean"] == pytest.approx(report["mean"])
+        for name, row in report["domains"].items():
+            assert again["domains"][name] == pytest.approx(row)
+    (tmp_path / "empty.trec").write_text("")
+    assert moeret.score_run(tmp_path / "empty.trec", two_domains)["mean"] == {"nDCG@10": 0.0, "R@100": 0.0}
