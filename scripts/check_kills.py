@@ -40,9 +40,9 @@ def main() -> None:
     moments = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        domains = write_domains(folder / "data", per_library=150, libraries=3)
+        domains = write_domains(folder / "data", per_library=120, libraries=2)
         named = ["--domain", *(f"{name}={path}" for name, path in domains.items())]
-        train = ["train", *named, "--steps", "24", "--batch-size", "16", "--evaluate-every", "6"]
+        train = ["train", *named, "--steps", "12", "--batch-size", "16", "--evaluate-every", "3"]
         index = ["index", str(folder / "train-undisturbed"), *named, "--exact-below", "100"]
         rows = []
         for name, command in (("train", train), ("index", index)):

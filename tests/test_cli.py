@@ -412,7 +412,7 @@ def test_wrong_usage_exits_with_2_and_names_the_argument(command, wanted):
     [
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device: /x; nothing published"),
         (SafetensorError("No space left on device"), 1, "error: No space left on device; nothing published"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (moeret.ConfigError("no"), 1, "error: no"),
     ],
     ids=lambda value: type(value).__name__,

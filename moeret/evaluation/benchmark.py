@@ -201,9 +201,7 @@ def score_run(run_file: Path, domains: dict[str, Path], *, split: str = "test") 
         qrels = read_domain(name, path, (split,)).splits[split].qrels
         prefix = f"{name}/" if len(domains) > 1 else ""
         runs[name] = {
-            query: {
-                id.removeprefix(prefix) if id.startswith(prefix) else f"{_FOREIGN}{id}": s for id, s in hits.items()
-            }
+            query: {id.removeprefix(prefix): score for id, score in hits.items()}
             for query in qrels
             if (hits := run.get(prefix + query))
         }

@@ -69,7 +69,7 @@ def test_the_report_has_the_promised_shape_and_is_json(retriever, two_domains):
         assert report["mean"][measure] == pytest.approx(np.mean([row[measure] for row in report["domains"].values()]))
     assert report["router"].keys() == {"accuracy", "abstained"}
     assert all(0 <= value <= 1 for value in report["router"].values())
-    assert report["cost"].keys() == {"indexes", "documents_share", "indexes_total"}
+    assert report["cost"].keys() == {"indexes", "indexes_total", "documents", "documents_share"}
     assert report["cost"]["indexes_total"] == 2
     assert 1 <= report["cost"]["indexes"] <= 2
 
@@ -107,6 +107,7 @@ def test_the_oracle_touches_one_index_and_the_base_all(retriever, two_domains):
     assert moeret.evaluate(retriever, two_domains, route="oracle")["cost"]["indexes"] == 1
     assert moeret.evaluate(retriever, two_domains, route="base")["cost"] == {
         "indexes": 2,
+        "documents": sum(retriever.sizes.values()),
         "documents_share": 1,
         "indexes_total": 2,
     }
