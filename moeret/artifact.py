@@ -93,7 +93,9 @@ def read(root: Path, kind: str) -> Artifact:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{manifest} is damaged ({type(error).__name__}: {error}); make the {kind} anew") from None
     if found != (FORMAT, kind):
-        raise ArtifactError(f"{root} is {_a(str(found[1]))} in format {found[0]}; expected {_a(kind)} in format {FORMAT}")
+        raise ArtifactError(
+            f"{root} is {_a(str(found[1]))} in format {found[0]}; expected {_a(kind)} in format {FORMAT}"
+        )
     if artifact.fingerprint != _fingerprint_of(kind, artifact.meta, files):
         raise ArtifactError(
             f"{manifest} was altered: its fingerprint does not match its contents; make the {kind} anew"
