@@ -4,8 +4,9 @@ Command:  python -m experiments.add_domain --data DATA [--model runs/six_domains
           DATA and --model as experiments.six_domains leaves them. The new domain is the Python standard library's
           documentation on this machine.
 Time:     about 6 minutes on 2 cores.
-Expected: no other expert's file changes by a byte, their domains' nDCG@10 change by at most 0.3 points, and the new
-          domain gains. Writes its table into BENCHMARKS.md.
+Expected: no other expert's file changes by a byte, and the new domain gains. The others' nDCG@10 changes by at most 0.3
+          points, but for nl2bash, whose queries the refitted router confuses with the new domain's; that is still to be
+          mended. Writes its table into BENCHMARKS.md.
 """
 
 import hashlib
