@@ -78,8 +78,8 @@ def main() -> None:
             f"({expert['documents']:,} documents, {expert['train_queries']:,} training queries); the pool grows by them:",
             markdown_table(["domain", "before", "after", "change", "base, one HNSW, after"], rows),
             f"- other experts' files and profiles changed: {len(changed)} of {len(before)}\n"
-            f"- dev nDCG@10 x 100 of the new expert: {100 * expert['base_dev_ndcg']:.1f} as the base, "
-            f"{100 * expert['dev_ndcg']:.1f} with it (step {expert['step']})\n"
+            f"- dev nDCG@10 x 100 of the new expert: {100 * expert['base_dev_ndcg']['all']:.1f} as the base, "
+            f"{100 * expert['dev_ndcg']['all']:.1f} with it (step {expert['step']})\n"
             f"- seconds to add it in this call: {seconds:.0f}",
         ]
     )

@@ -370,7 +370,7 @@ def _print_route(route: Any) -> None:
 
 
 def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
-    keys = ("name", "documents", "train_queries", "base_dev_ndcg", "dev_ndcg", "step")
+    keys = ("name", "documents", "train_queries", "base_dev_ndcg", "dev_ndcg", "step", "strength", "shared_strength")
     rows = [{key: entry[key] for key in keys} for entry in meta["experts"]]
     router = meta["router"]
     if as_json:
@@ -378,15 +378,25 @@ def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
             {
                 "base": meta["base"]["name"],
                 "tower": meta["tower"],
+                "shared": meta["shared"],
                 "experts": rows,
                 "router": {key: router[key] for key in ("query", "document", "report")},
             }
         )
         return
-    table = Table("expert", "documents", "train queries", "dev nDCG@10, base", "dev nDCG@10", "best step")
+    table = Table(
+        "expert", "documents", "train queries", "dev nDCG@10, base -> expert", "seen", "unseen", "step, strengths"
+    )
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        before, after = row["base_dev_ndcg"], row["dev_ndcg"]
+        gains = ["too few" if after[group] is None else f"{before[group]:.3f} -> {after[group]:.3f}" for group in after]
+        used = f"{row['step']}, {row['strength']:g} on {row['shared_strength']:g} of the shared delta"
+        table.add_row(row["name"], str(row["documents"]), str(row["train_queries"]), *gains, used)
     _OUT.print(table)
+    if meta["shared"]:
+        shared = meta["shared"]
+        gain = f"{shared['base_dev_ndcg']:.3f} -> {shared['dev_ndcg']:.3f}"
+        _OUT.print(f"shared delta alone: dev nDCG@10 {gain} (step {shared['step']}, strength {shared['strength']:g})")
     report = router["report"]
     details = "; ".join(
         f"{kind} {' '.join(f'{key} {value:.3f}' for key, value in report[kind].items())}"

@@ -14,6 +14,7 @@ MATRICES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out")
 """The matrices of a transformer layer that an expert can change."""
 
 Tower = Literal["query", "both"]
+Precision = Literal["float32", "bfloat16"]
 RouteMode = Literal["auto", "oracle", "base", "all"]
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -36,10 +37,13 @@ class ExpertConfig:
     """How many of the encoder's upper layers experts change; the layers below are the trunk, read once a query."""
     matrices: tuple[str, ...] = MATRICES
     """Which matrices of a layer experts change."""
+    shared_rank: int = 64
+    """Rank of the shared delta under all experts, learned from all domains before them; 0 for none."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
         require(self.layers >= 1, f"layers must be at least 1, got {self.layers}")
+        require(self.shared_rank >= 0, f"shared_rank must not be negative, got {self.shared_rank}")
         require(
             bool(self.matrices)
             and set(self.matrices) <= set(MATRICES)
@@ -54,16 +58,20 @@ class TrainConfig:
 
     tower: Tower = "query"
     """query: experts change queries, documents stay in the base's space. both: experts encode their documents too."""
-    steps: int = 300
-    """Optimizer steps at most; an expert that stops improving on dev stops earlier."""
-    batch_size: int = 64
-    """Queries per expert and step."""
+    steps: int = 150
+    """Optimizer steps of an expert at most; one that stops improving on dev stops earlier. 0: the shared delta alone."""
+    shared_steps: int = 150
+    """Optimizer steps of the shared delta for each domain at most."""
+    batch_size: int = 32
+    """Queries per step, all of one domain."""
     learning_rate: float = 5e-4
     """Peak of a cosine schedule with a short linear warm-up (AdamW)."""
     warmup: float = 0.1
     """Share of the steps spent warming up."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
+    precision: Precision = "float32"
+    """Of the training's products, summed in float32 either way; bfloat16 is faster where the processor multiplies it."""
     temperature: float = 0.02
     """Divides cosines in the contrastive loss."""
     hard_negatives: int = 1
@@ -81,8 +89,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.tower in ("query", "both"), f"tower must be query or both, got {self.tower!r}")
-        for name in ("steps", "batch_size", "evaluate_every", "patience", "dev_queries"):
+        require(
+            self.precision in ("float32", "bfloat16"), f"precision must be float32 or bfloat16, got {self.precision!r}"
+        )
+        for name in ("shared_steps", "batch_size", "evaluate_every", "patience", "dev_queries"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.steps >= 0, f"steps must not be negative, got {self.steps}")
+        require(
+            self.tower == "query" or not self.expert.shared_rank,
+            "with tower both experts change documents too, and a shared delta would change them all; "
+            "set expert.shared_rank to 0",
+        )
         require(self.hard_negatives >= 0, f"hard_negatives must not be negative, got {self.hard_negatives}")
         require(self.learning_rate > 0, f"learning_rate must be above 0, got {self.learning_rate}")
         require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")

@@ -50,7 +50,7 @@ def quickstart(out: Path, console: Console, *, show_progress_bar: bool) -> None:
     )
     trained = train(domains, model, config=CONFIG, show_progress_bar=show_progress_bar)
     for entry in trained.meta["experts"]:
-        base, own = entry["base_dev_ndcg"], entry["dev_ndcg"]
+        base, own = entry["base_dev_ndcg"]["all"], entry["dev_ndcg"]["all"]
         console.print(
             f"  {entry['name']:<18} dev nDCG@10 {base:.3f} -> {own:.3f} (step {entry['step']})", highlight=False
         )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 BASE_EXPERT = "base"
 """The name of expert 0 in routes, hits and on the command line."""
+SHARED_EXPERT = "shared"
+"""The name of the shared delta without any expert's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moeret.errors import DataError
-from moeret.types import BASE_EXPERT, Document
+from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document
 
 Qrels = dict[str, dict[str, int]]
 """query id -> document id -> relevance; only relevance above 0 counts as a positive."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_RESERVED = {BASE_EXPERT, "all", "auto", "oracle"}
+_RESERVED = {BASE_EXPERT, SHARED_EXPERT, "all", "auto", "oracle"}
 _SHOWN_PROBLEMS = 3
 
 
@@ -133,8 +135,6 @@ def read_corpus(path: Path) -> list[Document]:
             continue
         if document.id in lines:
             problems.add(f"line {number}: id {_short(document.id)} is already on line {lines[document.id]}")
-        elif not document.contents:
-            problems.add(f"line {number}: document {document.id!r} has neither title nor text")
         lines.setdefault(document.id, number)
         documents.append(document)
     problems.raise_if_any()
@@ -204,6 +204,18 @@ def carve_dev(train: Judged, share: float = 0.1) -> tuple[Judged, Judged]:
     chosen = set(sample_ids(train.queries, min(max(1, round(share * len(train.queries))), len(train.queries) - 1)))
     dev = {query for query in train.queries if query in chosen}
     return _only(train, train.queries.keys() - dev), _only(train, dev)
+
+
+def seen_queries(judged: Judged, train: Judged) -> np.ndarray:
+    """Bool [Q]: for which queries some relevant document is a positive of `train`; the others' are *unseen*.
+
+    Seen queries measure memory as well as understanding (Evaluating Interpolation and Extrapolation Performance of Neural
+    Retrieval Models, CIKM 2022).
+    """
+    positives = {id for documents in train.qrels.values() for id, score in documents.items() if score > 0}
+    return np.array(
+        [any(score > 0 and id in positives for id, score in documents.items()) for documents in judged.qrels.values()]
+    )
 
 
 def sample(judged: Judged, most: int) -> Judged:

@@ -1,30 +1,24 @@
 """The training batch plan: step i is a pure function of (data, seed, i), so that position equals step.
 
 Every expert reads its own queries in its own shuffled order, `batch_size` a step, each query once an epoch, whatever the
-other experts do: experts trained together see exactly the batches that they would see alone.
+other experts do: experts trained together see exactly the batches that they would see alone. Inside a window of a few
+batches the queries are sorted by length, so that a batch is one array with little padding; the window's batches are read
+in random order, so that lengths come mixed.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
-from moeret.data.buckets import bucket_edges, full_size
+from moeret.data.buckets import Batch, bucket_edges
 
-TRAINING_BUCKETS = 6
+TRAINING_BUCKETS = 8
 """Compiled shapes of a training step at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Rows of one expert in one step, with one shape: [size, edge] once padded; size >= len(queries)."""
-
-    expert: int
-    queries: Int[np.ndarray, "B"]
-    edge: int
-    size: int
+WINDOW = 8
+"""Batches that are sorted by length together; fewer where that would be more than an epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,31 +47,30 @@ class BatchPlan:
         edges = bucket_edges(np.concatenate(lengths), TRAINING_BUCKETS, weights)
         return cls(tuple(names), tuple(lengths), batch_size, seed, edges, devices)
 
-    def queries(self, expert: int, step: int) -> Int[np.ndarray, "B"]:
-        """The expert's queries in this step: the next `batch_size` of its endless shuffled epochs."""
-        count = len(self.lengths[expert])
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, offsets = np.divmod(positions, count)
-        orders = {epoch: self._order(expert, int(epoch), count) for epoch in np.unique(epochs)}
-        return np.array([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)], np.int64)
+    def batch(self, step: int, expert: int) -> Batch:
+        """The expert's queries in this step, as one batch whose rows the devices can share."""
+        lengths = self.lengths[expert]
+        window = min(WINDOW, max(1, len(lengths) // self.batch_size))
+        number, turn = divmod(step, window)
+        queries = self._stream(expert, number * window * self.batch_size, window * self.batch_size)
+        queries = queries[np.argsort(lengths[queries], kind="stable")]
+        place = self._random(expert, f"window {number}").permutation(window)[turn]
+        rows = queries[place * self.batch_size : (place + 1) * self.batch_size]
+        edge = self.edges[int(np.searchsorted(self.edges, lengths[rows].max()))]
+        return Batch(rows, edge, -(-self.batch_size // self.devices) * self.devices)
 
-    def _order(self, expert: int, epoch: int, count: int) -> np.ndarray:
+    def _stream(self, expert: int, start: int, count: int) -> Int[np.ndarray, "count"]:
+        """`count` queries from position `start` of the expert's endless shuffled epochs."""
+        epochs, offsets = np.divmod(np.arange(start, start + count), len(self.lengths[expert]))
+        orders = {
+            epoch: self._random(expert, f"epoch {epoch}").permutation(len(self.lengths[expert]))
+            for epoch in np.unique(epochs).tolist()
+        }
+        return np.array(
+            [orders[epoch][offset] for epoch, offset in zip(epochs.tolist(), offsets, strict=True)], np.int64
+        )
+
+    def _random(self, expert: int, what: str) -> np.random.Generator:
         # The name, not the position, seeds the order: adding an expert must not change the others' batches.
-        key = hashlib.sha256(f"{self.seed}/{self.names[expert]}/{epoch}".encode()).digest()
-        return np.random.default_rng(int.from_bytes(key[:8])).permutation(count)
-
-    def step(self, step: int, expert: int) -> Iterator[MicroBatch]:
-        """The expert's rows of this step, in micro-batches of one shape per bucket.
-
-        Rows that do not fill a bucket's batch move up to the next longer one, so only the last may be short.
-        """
-        queries = self.queries(expert, step)
-        which = np.searchsorted(self.edges, self.lengths[expert][queries])
-        last, waiting = which.max(), np.zeros(0, np.int64)
-        for bucket in range(last + 1):
-            waiting = np.concatenate([waiting, queries[which == bucket]])
-            size = full_size(self.edges[bucket]) * self.devices
-            end = len(waiting) if bucket == last else len(waiting) // size * size
-            for start in range(0, end, size):
-                yield MicroBatch(expert, waiting[start : min(start + size, end)], self.edges[bucket], size)
-            waiting = waiting[end:]
+        key = hashlib.sha256(f"{self.seed}/{self.names[expert]}/{what}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(key[:8]))

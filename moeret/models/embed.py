@@ -12,27 +12,39 @@ from jaxtyping import Array, Float, Int
 
 from moeret import artifact
 from moeret.data.buckets import Batch, length_batches, pad, standard_edges
-from moeret.models.experts import Bank, Mixture, gather, trunk_layers
+from moeret.models.encoder import mean_token
+from moeret.models.experts import Bank, Mixture, Shared, gather, trunk_layers
 from moeret.models.pretrained import Base
+from moeret.models.router import Reads
 from moeret.progress import Advance
 
 Choose = Callable[[Float[np.ndarray, "B D"]], tuple[Int[np.ndarray, "B S"], Float[np.ndarray, "B S"]]]
-"""From unit base embeddings to each row's experts and weights."""
+"""From what a router reads of queries to each one's experts and weights."""
 
 _CHUNK = 2048
 """Texts tokenised, embedded and cached at a time."""
 
 
 @jax.jit(static_argnames=("graph", "layers"))
-def _trunk(graph, layers: int, params, ids: Int[Array, "B L"], lengths: Int[Array, "B"]) -> Float[Array, "B L D"]:
-    return nnx.merge(graph, params).trunk(ids, lengths, layers)
+def _trunk(
+    graph, layers: int, params, ids: Int[Array, "B L"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B L D"], Float[Array, "B D"]]:
+    x = nnx.merge(graph, params).trunk(ids, lengths, layers)
+    return x, mean_token(x, lengths)
 
 
 @jax.jit(static_argnames=("graph", "layers"))
 def _branch(
-    graph, layers: int, params, bank: Bank, x: Float[Array, "B L D"], lengths: Int[Array, "B"], mixture: Mixture
+    graph,
+    layers: int,
+    params,
+    bank: Bank,
+    shared: Bank | None,
+    x: Float[Array, "B L D"],
+    lengths: Int[Array, "B"],
+    mixture: Mixture,
 ) -> Float[Array, "B D"]:
-    return nnx.merge(graph, params).branch(x, lengths, layers, gather(bank, mixture))
+    return nnx.merge(graph, params).branch(x, lengths, layers, gather(bank, shared, mixture))
 
 
 @jax.jit(static_argnames=("graph", "layers"))
@@ -45,19 +57,23 @@ def _plain_branch(
 class Embedder:
     """Embeds texts with the base and any mix of the bank's experts (expert 0, the base, in front)."""
 
-    def __init__(self, base: Base, bank: Bank):
+    def __init__(self, base: Base, bank: Bank, shared: Shared | None = None):
         self.base_encoder = base
-        self.bank = jax.device_put(bank)
         self._params = jax.device_put(base.params)
-        self._layers = trunk_layers(bank, base.config)
         self._edges = standard_edges(base.tokenizer.max_length)
         self.width = base.config.width
+        self._set(bank, shared)
 
-    def with_bank(self, bank: Bank) -> "Embedder":
-        """The same base with another bank of experts."""
+    def with_bank(self, bank: Bank, shared: Shared | None = None) -> "Embedder":
+        """The same base with another bank of experts, and another delta under them."""
         other = copy.copy(self)
-        other.bank, other._layers = jax.device_put(bank), trunk_layers(bank, self.base_encoder.config)
+        other._set(bank, shared)
         return other
+
+    def _set(self, bank: Bank, shared: Shared | None) -> None:
+        self.bank, self.trunk_layers = jax.device_put(bank), trunk_layers(bank, self.base_encoder.config)
+        self._shared = None if shared is None else jax.device_put(shared.delta)
+        self._strengths = None if shared is None else shared.strengths
 
     def base(
         self, texts: Sequence[str], *, normalize: bool = True, advance: Advance | None = None
@@ -65,7 +81,7 @@ class Embedder:
         """Base embeddings; `advance` is called with the number of texts done."""
         out = np.empty((len(texts), self.width), np.float32)
         for start, ids, batch in self._batches(texts):
-            x, lengths = self._run_trunk(ids, batch)
+            x, _, lengths = self._run_trunk(ids, batch)
             out[start + batch.rows] = self._run_base(x, lengths)[: len(batch.rows)]
             if advance:
                 advance(len(batch.rows))
@@ -83,31 +99,53 @@ class Embedder:
         """Embeddings of each text by its own weighted experts, whatever the mix in one program."""
         out = np.empty((len(texts), self.width), np.float32)
         for start, ids, batch in self._batches(texts):
-            x, lengths = self._run_trunk(ids, batch)
+            x, _, lengths = self._run_trunk(ids, batch)
             rows = start + batch.rows
             out[rows] = self._run_branch(x, lengths, experts[rows], weights[rows])[: len(rows)]
             if advance:
                 advance(len(rows))
         return _unit_rows(out) if normalize else out
 
-    def routed(
-        self, texts: Sequence[str], choose: Choose, *, normalize: bool = True, advance: Advance | None = None
-    ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
-        """(base, merged) embeddings; the lower layers are read once for both.
+    def readings(
+        self, texts: Sequence[str], *, reads: Reads | None = None, advance: Advance | None = None
+    ) -> Float[np.ndarray, "N D2"]:
+        """What routers read of each text: the trunk's mean token and the unit base embedding, or one of them."""
+        halves = [kind for kind in ("trunk", "base") if reads in (None, kind)]
+        out = np.empty((len(halves), len(texts), self.width), np.float32)
+        for start, ids, batch in self._batches(texts):
+            x, mean, lengths = self._run_trunk(ids, batch)
+            for own, kind in zip(out, halves, strict=True):
+                own[start + batch.rows] = self._reading(kind, x, mean, lengths)[: len(batch.rows)]
+            if advance:
+                advance(len(batch.rows))
+        return np.concatenate(list(out), axis=1)
 
-        `choose` sees the unit base embeddings of a batch and returns each row's experts and weights.
+    def routed(
+        self,
+        texts: Sequence[str],
+        reads: Reads,
+        choose: Choose,
+        *,
+        normalize: bool = True,
+        advance: Advance | None = None,
+    ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
+        """(what the router read, merged embeddings); the trunk is read once for both.
+
+        `choose` sees what the router reads of a batch and returns each row's experts and weights; rows without any are
+        embedded by the base.
         """
-        base, merged = (np.empty((len(texts), self.width), np.float32) for _ in range(2))
+        read, merged = (np.empty((len(texts), self.width), np.float32) for _ in range(2))
         for start, ids, batch in self._batches(texts):
             rows = start + batch.rows
-            x, lengths = self._run_trunk(ids, batch)
-            base[rows] = merged[rows] = self._run_base(x, lengths)[: len(rows)]
-            experts, weights = choose(_unit_rows(base[rows]))
-            if weights.any():
-                merged[rows] = self._run_branch(x, lengths, experts, weights)[: len(rows)]
+            x, mean, lengths = self._run_trunk(ids, batch)
+            read[rows] = self._reading(reads, x, mean, lengths)[: len(rows)]
+            merged[rows] = self._run_branch(x, lengths, *choose(read[rows]))[: len(rows)]
             if advance:
                 advance(len(rows))
-        return (_unit_rows(base), _unit_rows(merged)) if normalize else (base, merged)
+        return read, _unit_rows(merged) if normalize else merged
+
+    def _reading(self, reads: Reads, x: Array, mean: Array, lengths: Array) -> np.ndarray:
+        return np.asarray(mean) if reads == "trunk" else _unit_rows(self._run_base(x, lengths))
 
     def _batches(self, texts: Sequence[str]):
         for start in range(0, len(texts), _CHUNK):
@@ -115,22 +153,31 @@ class Embedder:
             for batch in length_batches(np.array([len(own) for own in ids]), self._edges):
                 yield start, ids, batch
 
-    def _run_trunk(self, ids, batch: Batch) -> tuple[Array, Array]:
+    def _run_trunk(self, ids, batch: Batch) -> tuple[Array, Array, Array]:
         padded, lengths = jax.device_put(pad(ids, batch))
-        return _trunk(self.base_encoder.graph, self._layers, self._params, padded, lengths), lengths
+        return *_trunk(self.base_encoder.graph, self.trunk_layers, self._params, padded, lengths), lengths
 
     def _run_base(self, x: Array, lengths: Array) -> np.ndarray:
-        return np.asarray(_plain_branch(self.base_encoder.graph, self._layers, self._params, x, lengths))
+        return np.asarray(_plain_branch(self.base_encoder.graph, self.trunk_layers, self._params, x, lengths))
 
     def _run_branch(self, x: Array, lengths: Array, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if not weights.any():
+            return self._run_base(x, lengths)
         # Slots that no row uses cost a gather all the same: round those in use up to a power of two.
         used = int(np.flatnonzero(weights.any(axis=0)).max(initial=0)) + 1
         slots = min(1 << (used - 1).bit_length(), weights.shape[1])
         experts, weights = experts[:, :slots], weights[:, :slots]
         spare = ((0, x.shape[0] - len(experts)), (0, 0))
-        mixture = Mixture(np.pad(experts, spare).astype(np.int32), np.pad(weights, spare).astype(np.float32))
-        mixture = jax.device_put(mixture)
-        return np.asarray(_branch(self.base_encoder.graph, self._layers, self._params, self.bank, x, lengths, mixture))
+        experts, weights = np.pad(experts, spare).astype(np.int32), np.pad(weights, spare).astype(np.float32)
+        under = np.zeros(len(weights), np.float32)
+        if self._strengths is not None:
+            under = (weights * self._strengths[experts]).sum(axis=1)
+        mixture = jax.device_put(Mixture(experts, weights, under))
+        return np.asarray(
+            _branch(
+                self.base_encoder.graph, self.trunk_layers, self._params, self.bank, self._shared, x, lengths, mixture
+            )
+        )
 
 
 def _unit_rows(vectors: np.ndarray) -> np.ndarray:

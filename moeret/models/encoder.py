@@ -4,6 +4,7 @@ It runs in two halves so that a query's lower layers are computed once: `trunk` 
 change, and `branch` from there to the pooled embedding, with each row's expert deltas added to the matrices.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,10 @@ ACTIVATIONS = {
 _MASKED = -1e9
 
 Deltas = Mapping[str, Mapping[str, Mapping[str, Array]]]
-"""layer -> matrix -> {"a": [B, D_in, R], "b": [B, R, D_out]} for each row, or without B for one that all rows share."""
+"""layer -> matrix -> {"a": [B, D_in, R], "b": [B, R, D_out]} for each row, or without B for one that all rows have in common.
+
+A delta under them has its factors as "shared_a" and "shared_b", and each row's weight as "shared_weight" [B, 1, 1].
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,39 +54,74 @@ def matrix_shapes(config: EncoderConfig) -> dict[str, tuple[int, int]]:
     return {**square, "mlp_in": (width, mlp), "mlp_out": (mlp, width)}
 
 
+def cast_kernels(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """Parameters with the layers' matrices in another precision; everything else stays float32."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if any(getattr(key, "key", None) == "kernel" for key in path) else leaf,
+        params,
+    )
+
+
 def _project(linear: nnx.Linear, x: Array, delta: Mapping[str, Array] | None) -> Array:
-    y = linear(x)
+    """The linear map with its delta; products are in the kernel's precision, their sums in float32."""
+    kernel = linear.kernel[...]
+    y = _frozen_product(x, kernel) + linear.bias[...][None, None]
     if delta is None:
         return y
+    if "shared_a" in delta:
+        y += delta["shared_weight"] * _common_low_rank(kernel.dtype, x, delta["shared_a"], delta["shared_b"])
     if delta["a"].ndim == 3:
-        return y + (x @ delta["a"]) @ delta["b"]
-    return y + _shared_low_rank(x, delta["a"], delta["b"])
+        return y + _dot(_dot(x, delta["a"], kernel.dtype), delta["b"], kernel.dtype)
+    return y + _common_low_rank(kernel.dtype, x, delta["a"], delta["b"])
+
+
+def _dot(x: Array, y: Array, dtype: jnp.dtype) -> Array:
+    return jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
-def _shared_low_rank(x: Float[Array, "B L I"], a: Float[Array, "I R"], b: Float[Array, "R O"]) -> Float[Array, "B L O"]:
+def _frozen_product(x: Float[Array, "B L I"], kernel: Float[Array, "I O"]) -> Float[Array, "B L O"]:
+    """X kernel, with the gradient's product in the kernel's precision too; the kernel itself is a constant."""
+    return _dot(x, kernel, kernel.dtype)
+
+
+def _frozen_forward(x: Array, kernel: Array) -> tuple[Array, Array]:
+    return _dot(x, kernel, kernel.dtype), kernel
+
+
+def _frozen_backward(kernel: Array, g: Array) -> tuple[Array, None]:
+    return _dot(g, kernel.T, kernel.dtype), None
+
+
+_frozen_product.defvjp(_frozen_forward, _frozen_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _common_low_rank(
+    dtype: jnp.dtype, x: Float[Array, "B L I"], a: Float[Array, "I R"], b: Float[Array, "R O"]
+) -> Float[Array, "B L O"]:
     """X a b, with the gradients' products ordered so that only [tokens, R] arrays are transposed.
 
     Left to itself XLA on a CPU transposes the [tokens, I] and [tokens, O] ones.
     """
-    return (x @ a) @ b
+    return _dot(_dot(x, a, dtype), b, dtype)
 
 
-def _low_rank_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    h = x @ a
-    return h @ b, (x, a, b, h)
+def _low_rank_forward(dtype, x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    h = _dot(x, a, dtype)
+    return _dot(h, b, dtype), (x, a, b, h)
 
 
-def _low_rank_backward(residuals: tuple[Array, Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
+def _low_rank_backward(dtype, residuals: tuple[Array, Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
     x, a, b, h = residuals
-    g_h = g @ b.T
+    g_h = _dot(g, b.T, dtype)
     tokens = (-1, h.shape[-1])
-    da = (g_h.reshape(tokens).T @ x.reshape(-1, x.shape[-1])).T
-    db = h.reshape(tokens).T @ g.reshape(-1, g.shape[-1])
-    return g_h @ a.T, da, db
+    da = _dot(g_h.reshape(tokens).T, x.reshape(-1, x.shape[-1]), dtype).T
+    db = _dot(h.reshape(tokens).T, g.reshape(-1, g.shape[-1]), dtype)
+    return _dot(g_h, a.T, dtype), da, db
 
 
-_shared_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+_common_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class Layer(nnx.Module):
@@ -157,17 +196,19 @@ class Encoder(nnx.Module):
         bias = _attention_bias(lengths, x.shape[1])
         for number, layer in enumerate(self.layers[layers:], start=layers):
             x = layer(x, bias, deltas.get(f"layer_{number:02d}", {}))
-        if self.config.pooling == "cls":
-            pooled = x[:, 0]
-        else:
-            kept = (jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None].astype(x.dtype)
-            pooled = (x * kept).sum(1) / lengths[:, None].astype(x.dtype)
+        pooled = x[:, 0] if self.config.pooling == "cls" else mean_token(x, lengths)
         return unit(pooled) if self.config.normalize else pooled
 
 
 def _attention_bias(lengths: Int[Array, "B"], length: int) -> Float[Array, "B 1 1 L"]:
     kept = jnp.arange(length)[None] < lengths[:, None]
     return jnp.where(kept, 0.0, _MASKED).astype(jnp.float32)[:, None, None, :]
+
+
+def mean_token(x: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """The mean of each row's tokens, padding left out."""
+    kept = (jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None].astype(x.dtype)
+    return (x * kept).sum(1) / lengths[:, None].astype(x.dtype)
 
 
 def unit(vectors: Float[Array, "B D"]) -> Float[Array, "B D"]:

@@ -2,7 +2,9 @@
 
 A bank maps layer -> matrix -> {"a": [E, D_in, R], "b": [E, R, D_out]}. For a row with experts e_s and weights w_s, a
 matrix W acts as W + sum_s w_s a[e_s] b[e_s] (LoRA, arXiv 2106.09685, without its constant scale). Gathering each row's
-factors makes the cost depend on the slots S, not on the number of experts E; expert 0 is all zeros, the base.
+factors makes the cost depend on the slots S, not on the number of experts E; expert 0 is all zeros, the base. Beneath
+the experts may lie one shared delta, learned from all domains: what they have in common, so that each only learns
+what is its own (cf. Twin-Merging, NeurIPS 2024).
 """
 
 from collections.abc import Sequence
@@ -11,10 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moeret.config import ExpertConfig
-from moeret.models.encoder import EncoderConfig, matrix_shapes
+from moeret.models.encoder import Deltas, EncoderConfig, matrix_shapes
 
 Factors = dict[str, Array]
 Bank = dict[str, dict[str, Factors]]
@@ -25,6 +28,14 @@ class Mixture(NamedTuple):
 
     experts: Int[Array, "B S"]
     weights: Float[Array, "B S"]
+    shared: Float[Array, "B"]  # how strongly the shared delta acts
+
+
+class Shared(NamedTuple):
+    """One delta under all experts, learned from all domains, and how much of it each of the bank's experts wants."""
+
+    delta: Bank  # {"a": [D_in, R], "b": [R, D_out]}
+    strengths: Float[np.ndarray, "E"]  # 0 for expert 0, the base
 
 
 def layer_name(layer: int) -> str:
@@ -52,9 +63,19 @@ def init_bank(encoder: EncoderConfig, config: ExpertConfig, keys: Sequence[Array
     return bank
 
 
-def with_base(bank: Bank) -> Bank:
-    """The bank with expert 0, the base, in front."""
-    return jax.tree.map(lambda leaf: jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf]), bank)
+def base_alone(encoder: EncoderConfig, config: ExpertConfig) -> Bank:
+    """A bank of expert 0 only, with the trunk that `config` leaves."""
+    return jax.tree.map(jnp.zeros_like, init_bank(encoder, config, [jax.random.key(0)]))
+
+
+def with_base(bank: Bank, *, shared: bool = False) -> Bank:
+    """The bank with expert 0, the base, in front, and behind it one for the `shared` delta alone: neither adds its own."""
+
+    def surround(leaf: Array) -> Array:
+        zeros = jnp.zeros_like(leaf[:1])
+        return jnp.concatenate([zeros, leaf, zeros] if shared else [zeros, leaf])
+
+    return jax.tree.map(surround, bank)
 
 
 def stack(experts: Sequence[Bank]) -> Bank:
@@ -67,20 +88,51 @@ def take(bank: Bank, expert: int) -> Bank:
     return jax.tree.map(lambda leaf: np.asarray(leaf[expert]), bank)
 
 
-def gather(bank: Bank, mixture: Mixture) -> Bank:
-    """Each row's mixed factors: {"a": [B, D_in, S*R], "b": [B, S*R, D_out]}, the weights folded into `b`."""
+def gather(bank: Bank, shared: Bank | None, mixture: Mixture) -> Deltas:
+    """Each row's mixed factors: {"a": [B, D_in, S*R], "b": [B, S*R, D_out]}, the weights folded into `b`.
+
+    With a shared delta also its factors, which all rows have in common, and each row's weight for it.
+    """
     rows, slots = mixture.experts.shape
 
-    def gather_matrix(factors: Factors) -> Factors:
+    def gather_matrix(layer: str, matrix: str) -> dict[str, Array]:
+        factors = bank[layer][matrix]
         _, d_in, rank = factors["a"].shape
         a = factors["a"][mixture.experts]  # [B, S, D_in, R]
         b = factors["b"][mixture.experts] * mixture.weights[:, :, None, None]  # [B, S, R, D_out]
-        return {
+        own = {
             "a": jnp.moveaxis(a, 1, 2).reshape(rows, d_in, slots * rank),
             "b": b.reshape(rows, slots * rank, b.shape[-1]),
         }
+        if shared is None:
+            return own
+        under = shared[layer][matrix]
+        return own | {"shared_a": under["a"], "shared_b": under["b"], "shared_weight": mixture.shared[:, None, None]}
 
-    return {layer: {name: gather_matrix(f) for name, f in matrices.items()} for layer, matrices in bank.items()}
+    return {layer: {matrix: gather_matrix(layer, matrix) for matrix in matrices} for layer, matrices in bank.items()}
+
+
+def fold(params: nnx.State, expert: Bank) -> nnx.State:
+    """An encoder's parameters with one delta (no leading axis) added to the matrices themselves."""
+    folded = nnx.to_pure_dict(params)
+    for layer, matrices in expert.items():
+        for matrix, factors in matrices.items():
+            own = folded["layers"][int(layer.removeprefix("layer_"))][matrix]
+            own["kernel"] = own["kernel"] + np.asarray(factors["a"]) @ np.asarray(factors["b"])
+    out = jax.tree.map(lambda leaf: leaf, params)
+    nnx.replace_by_pure_dict(out, folded)
+    return out
+
+
+def scaled(bank: Bank, strengths: Float[np.ndarray, "E"]) -> Bank:
+    """Every expert's delta times its strength."""
+    return {
+        layer: {
+            matrix: {"a": factors["a"], "b": factors["b"] * jnp.asarray(strengths, jnp.float32)[:, None, None]}
+            for matrix, factors in matrices.items()
+        }
+        for layer, matrices in bank.items()
+    }
 
 
 def trunk_layers(bank: Bank, encoder: EncoderConfig) -> int:

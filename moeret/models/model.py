@@ -19,7 +19,7 @@ from moeret.models.embed import Embedder
 from moeret.models.pretrained import Base, find_base, load_base
 from moeret.models.router import Router
 from moeret.progress import progress_bar
-from moeret.types import BASE_EXPERT, Route
+from moeret.types import BASE_EXPERT, SHARED_EXPERT, Route
 
 KIND = "model"
 WORK = "training"
@@ -34,10 +34,10 @@ Expert = str | Mapping[str, float] | Sequence[str] | None
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A sample of a domain's unit base vectors."""
+    """A sample of a domain: readings of its queries, unit base vectors of its documents."""
 
-    train_queries: Float[np.ndarray, "Q D"]
-    dev_queries: Float[np.ndarray, "Q2 D"]
+    train_queries: Float[np.ndarray, "Q D2"]
+    dev_queries: Float[np.ndarray, "Q2 D2"]
     documents: Float[np.ndarray, "N D"]
 
 
@@ -51,13 +51,15 @@ class Model:
         tower: str = "query",
         names: Sequence[str] = (),
         bank: experts.Bank | None = None,
+        shared: experts.Shared | None = None,
         query_router: Router | None = None,
         document_router: Router | None = None,
         published: artifact.Artifact | None = None,
     ):
         self.base, self.tower, self.experts = base, tower, tuple(names)
         self.query_router, self.document_router, self.published = query_router, document_router, published
-        self.embedder = Embedder(base, experts.with_base(bank or {}))
+        self.has_shared = shared is not None
+        self.embedder = Embedder(base, experts.with_base(bank or {}, shared=self.has_shared), shared)
 
     @classmethod
     def load(cls, model: str | Path) -> "Model":
@@ -85,12 +87,14 @@ class Model:
             raise ArtifactError(f"{published.root}/base is not the base that the experts were trained on")
         names = [entry["name"] for entry in meta["experts"]]
         bank = experts.stack([read_expert(published, entry["file"]) for entry in meta["experts"]]) if names else None
+        shared = read_shared(published) if meta["shared"] else None
         routers = read_routers(published) if names else {}
         return cls(
             base,
             tower=meta["tower"],
             names=names,
             bank=bank,
+            shared=shared,
             query_router=routers.get("query"),
             document_router=routers.get("document"),
             published=published,
@@ -120,7 +124,8 @@ class Model:
         if not (isinstance(expert, str) and expert == "auto"):
             return self._encode(texts, *self.mixture(expert, len(texts)), normalize, show_progress_bar)
         with progress_bar("Encoding", len(texts), shown=show_progress_bar, unit="texts") as advance:
-            return self.embedder.routed(texts, self.choose, normalize=normalize, advance=advance)[1]
+            router = self._router()
+            return self.embedder.routed(texts, router.reads, router.weights_of, normalize=normalize, advance=advance)[1]
 
     def encode_document(
         self,
@@ -159,8 +164,8 @@ class Model:
         """
         check_texts(queries)
         router = self._router()
-        probabilities = router.probabilities(self.embedder.base(self.with_prompt(queries, "query")))
-        return self.routes(probabilities, router)
+        read = self.embedder.readings(self.with_prompt(queries, "query"), reads=router.reads)
+        return self.routes(router.probabilities(read), router)
 
     def routes(self, probabilities: Float[np.ndarray, "Q E"], router: Router) -> list[Route]:
         """The routes that a router of this model makes of probabilities."""
@@ -173,12 +178,6 @@ class Model:
             )
             for row, own, share, gone in zip(probabilities, numbers, weights, abstained, strict=True)
         ]
-
-    def choose(self, vectors: Float[np.ndarray, "B D"]) -> tuple[Int[np.ndarray, "B S"], Float[np.ndarray, "B S"]]:
-        """Each row's experts and weights from unit base embeddings, as the router decides."""
-        router = self._router()
-        numbers, weights, _ = router.choose(router.probabilities(vectors))
-        return numbers, weights
 
     def _router(self) -> Router:
         if self.query_router is None:
@@ -208,11 +207,13 @@ class Model:
         return numbers, (numbers > 0).astype(np.float32)
 
     def number(self, expert: str | None) -> int:
-        """The expert's place in the bank: 0 for the base."""
+        """The expert's place in the bank: 0 for the base, behind all experts for the shared delta alone."""
         if expert is None or expert == BASE_EXPERT:
             return 0
+        if expert == SHARED_EXPERT and self.has_shared:
+            return len(self.experts) + 1
         if expert not in self.experts:
-            known = ", ".join((BASE_EXPERT, *self.experts))
+            known = ", ".join((BASE_EXPERT, *self.experts, *([SHARED_EXPERT] if self.has_shared else [])))
             raise ConfigError(f"there is no expert {expert!r}; this model has {known}")
         return self.experts.index(expert) + 1
 
@@ -235,6 +236,13 @@ def check_texts(texts: Sequence[str], what: str = "inputs") -> None:
 def read_expert(published: artifact.Artifact, name: str) -> experts.Bank:
     """One expert's deltas, without a leading axis."""
     return experts.unflatten(load_file(published.path(name)))
+
+
+def read_shared(published: artifact.Artifact) -> experts.Shared:
+    """The shared delta, and how strongly each of the model's experts wants it."""
+    own = published.meta["shared"]
+    strengths = [0.0, *(entry["shared_strength"] for entry in published.meta["experts"]), own["strength"]]
+    return experts.Shared(read_expert(published, own["file"]), np.array(strengths, np.float32))
 
 
 def read_profile(published: artifact.Artifact, name: str) -> Profile:

@@ -1,19 +1,31 @@
-"""The router: base embedding in, a probability per expert out, and which experts to use.
+"""The router: what the base makes of a query in, a probability per expert out, and which experts to use.
 
-Both kinds are linear in the unit base embedding, so they share all code but the fitting. `centroids` scores an expert by
-the cosine to the mean of its training queries (the training-free router of RouterRetriever, arXiv 2409.02685, with
-one pilot an expert); `learned` is multinomial logistic regression. A scale, calibrated on dev, makes either's scores
-probabilities (temperature scaling, arXiv 1706.04599).
+A query's *reading* is [2D]: the mean token of the trunk, then the unit base embedding. Both kinds of router are linear in
+half of it, so they share all code but the fitting. `centroids` scores an expert by the cosine to the mean of its training
+queries (the training-free router of RouterRetriever, arXiv 2409.02685, with one pilot an expert); `learned` is multinomial
+logistic regression, on the trunk for queries, so that they need no pass through the base's own branch. A scale,
+calibrated on dev, makes either's scores probabilities (temperature scaling, arXiv 1706.04599).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 CENTROID_SCALE = 20.0
 """Sharpness of centroid probabilities before any calibration."""
+
+
+Reads = Literal["trunk", "base"]
+"""The half of a reading that a router is linear in."""
+
+
+def half(readings: Float[np.ndarray, "Q D2"], reads: Reads) -> Float[np.ndarray, "Q D"]:
+    """The trunk's or the base's half of readings."""
+    width = readings.shape[1] // 2
+    return readings[:, :width] if reads == "trunk" else readings[:, width:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +37,7 @@ class Router:
     """
 
     kind: str
+    reads: Reads
     weights: Float[np.ndarray, "D E"]
     bias: Float[np.ndarray, "E"]
     slots: int = 4
@@ -32,7 +45,7 @@ class Router:
     threshold: float = 0.0
 
     def probabilities(self, vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q E"]:
-        """A probability per expert for unit base embeddings; each row sums to 1."""
+        """A probability per expert from what the router reads; each row sums to 1."""
         return softmax(vectors @ self.weights + self.bias)
 
     def choose(
@@ -50,6 +63,11 @@ class Router:
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
         return experts + 1, weights.astype(np.float32), abstained
 
+    def weights_of(self, vectors: Float[np.ndarray, "Q D"]) -> tuple[Int[np.ndarray, "Q S"], Float[np.ndarray, "Q S"]]:
+        """Each query's experts and their weights, from what the router reads; all weights 0 where it abstains."""
+        experts, weights, _ = self.choose(self.probabilities(vectors))
+        return experts, weights
+
     def scaled(self, scale: float) -> "Router":
         """The same router with sharper (above 1) or softer probabilities."""
         return replace(self, weights=self.weights * np.float32(scale), bias=self.bias * np.float32(scale))
@@ -60,7 +78,7 @@ def centroid_router(vectors: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
     means = np.stack([own.mean(axis=0) for own in vectors])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
     weights = (CENTROID_SCALE * means.T).astype(np.float32)
-    return Router("centroids", weights, np.zeros(len(vectors), np.float32))
+    return Router("centroids", "base", weights, np.zeros(len(vectors), np.float32))
 
 
 def softmax(scores: Float[np.ndarray, "Q E"]) -> Float[np.ndarray, "Q E"]:

@@ -19,7 +19,7 @@ from moeret.retrieval.build import KIND
 from moeret.retrieval.documents import DocumentStore
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
 from moeret.retrieval.hnsw import Segment, read_segment
-from moeret.types import BASE_EXPERT, Document, Hit, Route
+from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
@@ -107,7 +107,7 @@ class Retriever:
           queries: non-empty strings.
           k: how many hits, at least 1.
           route: `auto` lets the router choose; `all` uses the router's experts but searches every index; `base` searches
-            every index as the base would; an expert's name searches its index with it.
+            every index as the base would, `shared` with the shared delta alone; an expert's name searches its index with it.
           experts: at most this many experts per query (auto only); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
             default there); `calibrated` (the default elsewhere) or `rrf`.
@@ -177,20 +177,15 @@ class Retriever:
         """Decides for every query which indexes it searches, how much each weighs, and with which vector."""
         model, count = self.model, len(texts)
         everywhere = {name: np.ones(count, np.float32) for name in self._segments}
-        if route == BASE_EXPERT:
-            return _Plan(everywhere, _one_vector(model.embedder.base(texts)), [])
+        if route in (BASE_EXPERT, SHARED_EXPERT):
+            return _Plan(everywhere, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
         if route not in ("auto", "all"):
             weights = {name: np.full(count, name == route, np.float32) for name in self._segments}
             return _Plan(weights, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
         router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
 
-        def choose(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            numbers, weights, _ = router.choose(router.probabilities(vectors))
-            return numbers, weights
-
-        base, merged = model.embedder.routed(texts, choose)
-        probabilities = router.probabilities(base)
-        routes = model.routes(probabilities, router)
+        read, merged = model.embedder.routed(texts, router.reads, router.weights_of)
+        routes = model.routes(router.probabilities(read), router)
         if route == "all":
             weights = everywhere
         else:
@@ -202,8 +197,6 @@ class Retriever:
             return _Plan(weights, _one_vector(merged), routes)
 
         def own_vectors(name: str, rows: np.ndarray) -> Float[np.ndarray, "Q D"]:
-            if name == BASE_EXPERT:
-                return base[rows]
             return model.embedder.mixed([texts[row] for row in rows], *model.mixture(name, len(rows)))
 
         return _Plan(weights, own_vectors, routes)
@@ -220,7 +213,8 @@ class Retriever:
         _require_count(k, "k")
         if experts is not None:
             _require_count(experts, "experts")
-        known = ("auto", "all", BASE_EXPERT, *self.model.experts)
+        shared = [SHARED_EXPERT] if self.model.has_shared else []
+        known = ("auto", "all", BASE_EXPERT, *shared, *self.model.experts)
         require(route in known, f"there is no route {route!r}; choose one of {', '.join(known)}")
         if route in self.model.experts:
             require(

@@ -12,9 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from moeret.config import TrainConfig, require
 from moeret.data.buckets import Batch, bucket_edges, pad
 from moeret.data.negatives import mine_hard_negatives
-from moeret.data.plan import TRAINING_BUCKETS, BatchPlan, MicroBatch
+from moeret.data.plan import TRAINING_BUCKETS, BatchPlan
+from moeret.models.encoder import cast_kernels
+from moeret.training.losses import Pool
 from moeret.training.mesh import replicate, shard_rows
 from moeret.training.step import Frozen, PairBatch, QueryBatch, TextBatch
+from moeret.types import SHARED_EXPERT as SHARED
 
 Ids = list[Int[np.ndarray, "L"]]
 
@@ -31,7 +34,10 @@ class TrainingSet:
 
 
 class Batches:
-    """The batches of every step, on the devices of a mesh. `static` and `frozen` are what all steps share."""
+    """The batches of every step, on the devices of a mesh. `static` and `frozen` are what all steps share.
+
+    For a `shared` delta all domains train one expert, a domain a step, in rounds that shuffle their order.
+    """
 
     def __init__(
         self,
@@ -43,17 +49,22 @@ class Batches:
         sets: Sequence[TrainingSet],
         config: TrainConfig,
         mesh: Mesh,
+        *,
+        shared: bool = False,
     ):
         require(
             document_ids is None or config.batch_size % mesh.size == 0,
             f"batch_size {config.batch_size} cannot be split over {mesh.size} devices; choose a multiple",
         )
-        self.names = tuple(own.name for own in sets)
+        self.names = (SHARED,) if shared else tuple(own.name for own in sets)
         self.mesh, self.static = mesh, (graph, layers, config.temperature)
-        self.frozen = replicate(mesh, Frozen(params, pool))
-        self._sets, self._config, self._document_ids = sets, config, document_ids
+        dtype = jnp.dtype(config.precision)
+        columns = None if document_ids else Pool(pool.astype(dtype), np.ascontiguousarray(pool.T).astype(dtype))
+        self.frozen = replicate(mesh, Frozen(cast_kernels(params, dtype), columns))
+        self._sets, self._config, self._document_ids, self._shared = sets, config, document_ids, shared
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
-        self._plan = BatchPlan.make(self.names, lengths, config.batch_size, config.seed, mesh.size)
+        names = [own.name for own in sets]
+        self._plan = BatchPlan.make(names, lengths, config.batch_size, config.seed, mesh.size)
         if document_ids is None:
             most = max(len(positives) for own in sets for positives in own.positives)
             self._positives = [_padded(own.positives, most) for own in sets]
@@ -63,25 +74,29 @@ class Batches:
 
     def step(self, step: int, active: Bool[np.ndarray, "E"]) -> Iterator[tuple[Int[Array, ""], QueryBatch | PairBatch]]:
         """The step's (expert, batch) pairs of the active experts; a pure function of its arguments."""
+        make = self._query_batch if self._document_ids is None else self._pair_batch
         for expert in np.flatnonzero(active).tolist():
-            if self._document_ids is None:
-                batches = (self._query_batch(micro) for micro in self._plan.step(step, expert))
-            else:
-                batches = iter([self._pair_batch(expert, step)])
-            for batch in batches:
-                yield replicate(self.mesh, jnp.int32(expert)), shard_rows(self.mesh, batch)
+            batch = make(*self._turn(step)) if self._shared else make(step, expert)
+            yield replicate(self.mesh, jnp.int32(expert)), shard_rows(self.mesh, batch)
 
-    def _query_batch(self, micro: MicroBatch) -> QueryBatch:
-        rows = [self._sets[micro.expert].queries[q] for q in micro.queries]
-        spare = micro.size - len(rows)
+    def _turn(self, step: int) -> tuple[int, int]:
+        """(round, domain) of a step of the shared delta."""
+        number, turn = divmod(step, len(self._sets))
+        order = np.random.default_rng((self._config.seed, number)).permutation(len(self._sets))
+        return number, int(order[turn])
+
+    def _query_batch(self, step: int, expert: int) -> QueryBatch:
+        batch = self._plan.batch(step, expert)
+        spare = batch.size - len(batch.rows)
         return QueryBatch(
-            queries=TextBatch(*pad(rows, Batch(np.arange(len(rows)), micro.edge, micro.size))),
-            weights=np.pad(np.full(len(rows), 1 / self._config.batch_size, np.float32), (0, spare)),
-            positives=np.pad(self._positives[micro.expert][micro.queries], ((0, spare), (0, 0)), constant_values=-1),
+            queries=TextBatch(*pad(self._sets[expert].queries, batch)),
+            weights=np.pad(np.full(len(batch.rows), 1 / self._config.batch_size, np.float32), (0, spare)),
+            positives=np.pad(self._positives[expert][batch.rows], ((0, spare), (0, 0)), constant_values=-1),
         )
 
-    def _pair_batch(self, expert: int, step: int) -> PairBatch:
-        own, queries = self._sets[expert], self._plan.queries(expert, step)
+    def _pair_batch(self, step: int, expert: int) -> PairBatch:
+        own, batch = self._sets[expert], self._plan.batch(step, expert)
+        queries = batch.rows
         random = np.random.default_rng(
             int.from_bytes(hashlib.sha256(f"{self._config.seed}/{own.name}/{step}/pairs".encode()).digest()[:8])
         )
@@ -91,7 +106,7 @@ class Batches:
         columns = np.concatenate([chosen, np.take_along_axis(mined[queries], picks, axis=1).ravel()])
         relevant = [set(own.positives[q].tolist()) for q in queries]
         return PairBatch(
-            queries=_text_batch([own.queries[q] for q in queries], self._plan.edges),
+            queries=TextBatch(*pad(own.queries, batch)),
             documents=_text_batch([self._document_ids[row] for row in columns], self._document_edges),
             weights=np.full(len(queries), 1 / self._config.batch_size, np.float32),
             positives=np.array([[int(row) in positives for row in columns] for positives in relevant]),

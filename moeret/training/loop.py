@@ -21,8 +21,13 @@ from moeret.training.checkpoint import Checkpoints
 from moeret.training.mesh import replicate
 from moeret.training.step import TrainState, add_batch, make_optimizer, update, zero_totals
 
-Evaluate = Callable[[Bank, Bool[np.ndarray, "E"]], Float[np.ndarray, "E"]]
-"""Dev nDCG@10 of each active expert of a bank (without the base); what it says of the others is not used."""
+Evaluate = Callable[[Bank, Bool[np.ndarray, "E"]], Float[np.ndarray, "E 3"]]
+"""Dev nDCG@10 of each active expert of a bank (without the base), over all, seen and unseen queries."""
+
+
+def harmless(scores: Float[np.ndarray, "E 3"], base: Float[np.ndarray, "E 3"]) -> Bool[np.ndarray, "E"]:
+    """Which experts are at least as good as the base on seen and on unseen dev queries, where there are enough of them."""
+    return ~(scores[:, 1:] < base[:, 1:]).any(axis=1)
 
 
 @dataclass(slots=True)
@@ -36,18 +41,15 @@ class Progress:
     active: np.ndarray
 
     @classmethod
-    def start(cls, experts: int) -> "Progress":
+    def start(cls, base: Float[np.ndarray, "E 3"]) -> "Progress":
         """Nothing looked at yet."""
-        zeros = np.zeros(experts, np.int32)
-        unseen = np.full(experts, -1.0, np.float32)
-        return cls(unseen, unseen.copy(), zeros, zeros.copy(), np.ones(experts, bool))
+        zeros = np.zeros(len(base), np.int32)
+        return cls(base, np.full(len(base), -1.0, np.float32), zeros, zeros.copy(), np.ones(len(base), bool))
 
-    def look(self, step: int, scores: Float[np.ndarray, "E"], patience: int) -> Bool[np.ndarray, "E"]:
-        """Notes a look at dev, and returns which experts are better than ever."""
-        if step == 0:
-            self.base = scores.astype(np.float32)
-        better = self.active & (scores > self.best)
-        self.best = np.where(better, scores, self.best).astype(np.float32)
+    def look(self, step: int, scores: Float[np.ndarray, "E 3"], patience: int) -> Bool[np.ndarray, "E"]:
+        """Notes a look at dev, and returns which experts are better than ever, and harmless."""
+        better = self.active & (scores[:, 0] > self.best) & harmless(scores, self.base)
+        self.best = np.where(better, scores[:, 0], self.best).astype(np.float32)
         self.best_step = np.where(better, step, self.best_step).astype(np.int32)
         self.stale = np.where(better, 0, self.stale + self.active).astype(np.int32)
         self.active = self.active & (self.stale < patience)
@@ -60,11 +62,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A finished run: every expert at its best step (0: it never beat the base)."""
+    """A finished run: every expert at its best step; 0 if none was better than its start."""
 
     bank: Bank
-    base_dev: Float[np.ndarray, "E"]
-    dev: Float[np.ndarray, "E"]
     steps: Int[np.ndarray, "E"]
 
 
@@ -88,10 +88,18 @@ class MetricsLog:
 
 
 def fit(
-    bank: Bank, batches: Batches, evaluate: Evaluate, config: TrainConfig, work: Path, *, show_progress_bar: bool
+    bank: Bank,
+    batches: Batches,
+    evaluate: Evaluate,
+    base: Float[np.ndarray, "E 3"],
+    config: TrainConfig,
+    work: Path,
+    *,
+    show_progress_bar: bool,
 ) -> Fitted:
     """Trains all experts of `bank` (without the base) until their steps are done or dev stops improving.
 
+    `base` is what the base scores where `evaluate` scores an expert; a step at which an expert is worse is not chosen.
     Progress lives in `work`: a run that was cut off goes on from its newest checkpoint, and ends with the parameters that
     an undisturbed run has, because a step depends only on its number.
     """
@@ -100,7 +108,7 @@ def fit(
     optimizer = make_optimizer(config)
     state = TrainState(bank, optimizer.init(bank))
     state, best_bank = replicate(batches.mesh, (state, jax.tree.map(jnp.copy, bank)))
-    progress, log = Progress.start(len(names)), MetricsLog(work / "metrics.jsonl")
+    progress, log = Progress.start(base), MetricsLog(work / "metrics.jsonl")
     with Checkpoints(work / "checkpoints") as checkpoints:
         saved = checkpoints.restore(_tree(state, best_bank, progress))
         step = 0
@@ -116,7 +124,8 @@ def fit(
             looked, scores = progress.active, evaluate(state.bank, progress.active)
             better = progress.look(step, scores, config.patience)
             best_bank = _choose(jnp.asarray(better), state.bank, best_bank)
-            log.write(step=step, dev=_named(names, scores, looked))
+            groups = zip(("dev", "seen", "unseen"), scores.T, strict=True)
+            log.write(step=step, **{group: _named(names, values, looked) for group, values in groups})
 
         if not saved:
             look(0)
@@ -146,14 +155,18 @@ def fit(
                 if step % config.evaluate_every == 0 or step == config.steps:
                     look(step)
                     checkpoints.save(step, _tree(state, best_bank, progress))
-                dev = float(progress.best.mean())
+                dev = float(np.maximum(progress.best, progress.base[:, 0]).mean())
                 advance(1, f"loss {mean:.3f}, {rate:.0f} pairs/s, dev {dev:.3f}")
-    return Fitted(jax.device_get(best_bank), progress.base, progress.best, progress.best_step)
+    return Fitted(jax.device_get(best_bank), progress.best_step)
 
 
-def _named(names: tuple[str, ...], values: np.ndarray, active: Bool[np.ndarray, "E"]) -> dict[str, float]:
-    """The active experts' values, for the log."""
-    return {name: round(float(value), 5) for name, value, on in zip(names, values, active, strict=True) if on}
+def _named(names: tuple[str, ...], values: np.ndarray, active: Bool[np.ndarray, "E"]) -> dict[str, float | None]:
+    """The active experts' values, for the log; None for a group of too few queries."""
+    return {
+        name: None if np.isnan(value) else round(float(value), 5)
+        for name, value, on in zip(names, values, active, strict=True)
+        if on
+    }
 
 
 def _tree(state: TrainState, best_bank: Bank, progress: Progress) -> dict[str, Any]:

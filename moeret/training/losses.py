@@ -6,6 +6,8 @@ eq. 5): every positive competes with all negatives but not with the query's othe
     loss(q) = mean over p in P(q) of  -log( exp(s_p) / (exp(s_p) + sum over n not in P(q) of exp(s_n)) ).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -22,20 +24,40 @@ def decoupled_softmax(scores: Float[Array, "B M"], positives: Bool[Array, "B M"]
     return jnp.where(positives, losses, 0.0).sum(axis=1) / jnp.maximum(counts, 1).astype(scores.dtype)
 
 
+class Pool(NamedTuple):
+    """Vectors of constant documents, twice: forward and backward products each read the order that is fast for them."""
+
+    rows: Float[Array, "N D"]
+    columns: Float[Array, "D N"]
+
+
+@jax.custom_vjp
+def _pool_scores(queries: Float[Array, "B D"], pool: Pool) -> Float[Array, "B N"]:
+    return jnp.matmul(queries.astype(pool.columns.dtype), pool.columns, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(queries: Array, pool: Pool) -> tuple[Array, Pool]:
+    return _pool_scores(queries, pool), pool
+
+
+def _scores_backward(pool: Pool, g: Array) -> tuple[Array, None]:
+    return jnp.matmul(g.astype(pool.rows.dtype), pool.rows, preferred_element_type=jnp.float32), None
+
+
+_pool_scores.defvjp(_scores_forward, _scores_backward)
+
+
 def pooled_decoupled_softmax(
-    queries: Float[Array, "B D"],
-    documents: Float[Array, "N D"],
-    positives: Int[Array, "B P"],
-    temperature: float,
+    queries: Float[Array, "B D"], pool: Pool, positives: Int[Array, "B P"], temperature: float
 ) -> Float[Array, "B"]:
     """The same loss with every document of a pool as a column; `positives` holds pool rows, -1 where there is none.
 
     Equal to building the [B, N] mask of positives, but only the P positive columns are worked on twice.
     """
-    scores = queries @ documents.T / temperature
+    scores = _pool_scores(queries, pool) / temperature
     rows = jnp.arange(len(queries))[:, None]
     present = positives >= 0
-    outside = jnp.where(present, positives, documents.shape[0])  # out of bounds: dropped by the scatter
+    outside = jnp.where(present, positives, scores.shape[1])  # out of bounds: dropped by the scatter
     negatives = jax.nn.logsumexp(scores.at[rows, outside].set(-jnp.inf, mode="drop"), axis=1)
     own = scores.at[rows, outside].get(mode="fill", fill_value=0.0)
     losses = jax.nn.softplus(negatives[:, None] - own)

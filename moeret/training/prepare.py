@@ -9,13 +9,15 @@ from jaxtyping import Float, Int
 
 from moeret import artifact
 from moeret.config import TrainConfig
-from moeret.data.beir import Domain, carve_dev, read_domain, sample
+from moeret.data.beir import Domain, carve_dev, read_domain, sample, seen_queries
 from moeret.errors import DataError
 from moeret.models.embed import Embedder, cached_vectors
 from moeret.models.model import Profile
+from moeret.models.router import half
 from moeret.progress import progress_bar
 from moeret.training.batches import TrainingSet
 from moeret.training.routing import DevSet
+from moeret.types import Document
 
 PROFILE_QUERIES, PROFILE_DOCUMENTS = 2048, 4096
 """Vectors that a profile keeps at most."""
@@ -73,17 +75,26 @@ def prepare(
     total += sum(map(len, sampled))
     with progress_bar("Embedding", total, shown=show_progress_bar, unit="texts") as advance:
 
-        def embed(texts: Sequence[str], side: str) -> np.ndarray:
-            prompted = [base.prompts[side] + text for text in texts]
+        def embed(corpus: Sequence[Document]) -> Float[np.ndarray, "N D"]:
+            texts = [base.prompts["document"] + document.contents for document in corpus]
 
             def run(chunk: Sequence[str]) -> np.ndarray:
                 return embedder.base(chunk, advance=advance)
 
-            return cached_vectors(run, prompted, embedder.width, [cache], base.fingerprint, advance)
+            return cached_vectors(run, texts, embedder.width, [cache], base.fingerprint, advance)
 
-        documents = [embed([document.contents for document in domain.corpus], "document") for domain in domains]
-        train = [embed([texts[row] for row in rows], "query") for texts, rows in zip(train_texts, sampled, strict=True)]
-        dev = [embed([*judged.queries.values()], "query") for judged in dev_judged]
+        def read(queries: Sequence[str]) -> Float[np.ndarray, "Q D2"]:
+            texts = [base.prompts["query"] + query for query in queries]
+
+            def run(chunk: Sequence[str]) -> np.ndarray:
+                return embedder.readings(chunk, advance=advance)
+
+            key = f"{base.fingerprint} readings after {embedder.trunk_layers} layers"
+            return cached_vectors(run, texts, 2 * embedder.width, [cache], key, advance)
+
+        documents = [embed(domain.corpus) for domain in domains]
+        train = [read([texts[row] for row in rows]) for texts, rows in zip(train_texts, sampled, strict=True)]
+        dev = [read([*judged.queries.values()]) for judged in dev_judged]
 
     starts = np.cumsum([0, *(len(own) for own in documents)])
     rows = [np.arange(start, start + len(own)) for start, own in zip(starts, documents, strict=False)]
@@ -95,10 +106,12 @@ def prepare(
         positives = [
             np.array([place[id] for id, score in split.qrels[query].items() if score > 0]) for query in split.queries
         ]
-        sets.append(TrainingSet(domain.name, base.tokenizer(texts), train[number], positives, rows[number]))
+        vectors = half(train[number], "base")
+        sets.append(TrainingSet(domain.name, base.tokenizer(texts), vectors, positives, rows[number]))
         dev_texts = [base.prompts["query"] + text for text in dev_judged[number].queries.values()]
         ids = [document.id for document in domain.corpus]
-        dev_sets.append(DevSet(dev_judged[number], dev_texts, dev[number], rows[number], ids))
+        seen = seen_queries(dev_judged[number], split)
+        dev_sets.append(DevSet(dev_judged[number], dev_texts, dev[number], rows[number], ids, seen))
         kept = documents[number][_some(len(documents[number]), PROFILE_DOCUMENTS)]
         profiles.append(Profile(train[number][_some(len(train[number]), PROFILE_QUERIES)], dev[number], kept))
     return Prepared(domains, sets, dev_sets, profiles, np.concatenate([*documents, *others]))

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moeret import metrics
 from moeret.data.beir import Judged
 from moeret.models.embed import Embedder
-from moeret.models.router import Router, centroid_router
+from moeret.models.router import Reads, Router, centroid_router, half
 
 MINIMA = (0.01, 0.03, 0.1, 0.3)
 """Least probabilities tried for an expert to be used."""
@@ -26,7 +26,7 @@ THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Least best probabilities tried, below which the router abstains."""
 CAUTION = 0.001
 """Dev nDCG@10 that may be given up for abstaining more often: dev has no queries of unknown domains, users do."""
-_STEPS, _L2 = 200, 1e-4
+_STEPS, _L2 = 200, 1e-5
 _UNSEARCHED = -2.0  # below any cosine
 
 
@@ -36,17 +36,25 @@ class DevSet:
 
     judged: Judged
     texts: list[str]
-    vectors: Float[np.ndarray, "Q D"]
+    readings: Float[np.ndarray, "Q D2"]
     documents: Int[np.ndarray, "N"]  # the domain's rows of the pool
     ids: list[str]  # their document ids
+    seen: Bool[np.ndarray, "Q"]  # whether a relevant document of the query was a training positive
+
+    @property
+    def vectors(self) -> Float[np.ndarray, "Q D"]:
+        """Unit base vectors of the queries."""
+        return half(self.readings, "base")
 
 
-def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
-    """Multinomial logistic regression on unit base embeddings; every expert weighs the same, however many queries it has.
+def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]], reads: Reads) -> Router:
+    """Multinomial logistic regression; every expert weighs the same, however many queries it has.
 
-    L-BFGS on the whole set (optax), with a small L2 penalty.
+    L-BFGS on the whole set (optax) with a small L2 penalty, on features scaled to mean 0 and variance 1 / D.
     """
-    features = jnp.asarray(np.concatenate(vectors))
+    center = np.mean([own.mean(axis=0) for own in vectors], axis=0)
+    spread = np.sqrt(np.mean([((own - center) ** 2).mean(axis=0) for own in vectors], axis=0) * len(center)) + 1e-6
+    features = jnp.asarray((np.concatenate(vectors) - center) / spread)
     labels = jnp.asarray(np.repeat(np.arange(len(vectors)), [len(own) for own in vectors]))
     balance = jnp.asarray(
         np.concatenate([np.full(len(own), 1 / len(own) / len(vectors), np.float32) for own in vectors])
@@ -72,7 +80,8 @@ def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
     }
     with jax.numpy_dtype_promotion("standard"):  # optax's line search mixes integers and floats
         (params, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, solver.init(p)), length=_STEPS))(params)
-    return Router("learned", np.asarray(params["weights"]), np.asarray(params["bias"]))
+    weights = np.asarray(params["weights"]) / spread[:, None]
+    return Router("learned", reads, weights, np.asarray(params["bias"]) - center @ weights)
 
 
 def calibrate(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]]) -> Router:
@@ -99,8 +108,8 @@ def quality(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]]) -> dict[str
 
 
 def choose_query_router(
-    train: Sequence[Float[np.ndarray, "_ D"]],
-    dev: Sequence[Float[np.ndarray, "_ D"]],
+    train: Sequence[Float[np.ndarray, "_ D2"]],
+    dev: Sequence[Float[np.ndarray, "_ D2"]],
     search: "DevSearch | None" = None,
 ) -> tuple[Router, dict[str, Any]]:
     """The better of both routers on dev, and a report of how each did.
@@ -109,14 +118,15 @@ def choose_query_router(
     """
     report: dict[str, Any] = {"decided_by": "dev nDCG@10 of routed search" if search else "dev accuracy"}
     candidates: list[tuple[float, Router]] = []
-    for fitted in (centroid_router(train), fit_learned(train)):
-        router = calibrate(fitted, dev)
-        report[router.kind] = quality(router, dev)
+    for reads in ("base", "trunk"):
+        own, held = [half(readings, reads) for readings in train], [half(readings, reads) for readings in dev]
+        router = calibrate(centroid_router(own) if reads == "base" else fit_learned(own, reads), held)
+        report[router.kind] = quality(router, held)
         if search:
             score, router = search.tune(router)
             report[router.kind]["nDCG@10"] = score
         else:
-            score, router = report[router.kind]["accuracy"], _cautious_by_share(router, dev)
+            score, router = report[router.kind]["accuracy"], _cautious_by_share(router, held)
         candidates.append((score, router))
     best = max(candidates, key=lambda candidate: candidate[0])[1]
     report["chosen"] = best.kind
@@ -127,7 +137,7 @@ def choose_document_router(
     train: Sequence[Float[np.ndarray, "_ D"]], dev: Sequence[Float[np.ndarray, "_ D"]]
 ) -> Router:
     """The router that places documents: one expert each, the kind that is right more often on held-out documents."""
-    routers = [calibrate(fitted, dev) for fitted in (centroid_router(train), fit_learned(train))]
+    routers = [calibrate(fitted, dev) for fitted in (centroid_router(train), fit_learned(train, "base"))]
     best = max(routers, key=lambda router: quality(router, dev)["accuracy"])
     return replace(_cautious_by_share(best, dev), slots=1)
 
@@ -168,7 +178,7 @@ class DevSearch:
 
     def _routed(self, router: Router, own: DevSet) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
         """Of each dev query of a domain: its best probability, and nDCG@10 if it does not abstain."""
-        probabilities = router.probabilities(own.vectors)
+        probabilities = router.probabilities(half(own.readings, router.reads))
         experts, weights, _ = router.choose(probabilities)
         vectors = self.embedder.mixed(own.texts, experts, weights)
         owner = np.zeros(len(self.pool), np.int32)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 from safetensors.numpy import save_file
 
 from moeret import artifact
@@ -18,15 +19,17 @@ from moeret.data.beir import check_name
 from moeret.errors import ConfigError
 from moeret.models import experts
 from moeret.models.embed import Embedder
-from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers
+from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers, read_shared
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
 from moeret.training.batches import Batches
-from moeret.training.loop import Fitted, fit
+from moeret.training.loop import fit
 from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
 from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
-from moeret.training.towers import BothTowers, QueryTower
+from moeret.training.strength import Strengths, choose_strengths
+from moeret.training.towers import BothTowers, QueryTower, mean_over_domains
+from moeret.types import SHARED_EXPERT
 
 
 def train(
@@ -75,13 +78,16 @@ def train(
             )
             return finished
         work = _open_work(out / WORK, request)
-        embedder = Embedder(encoder, {})
+        embedder = Embedder(encoder, experts.base_alone(encoder.config, config.expert))
         data = prepare(read, embedder, config, work / VECTORS, show_progress_bar=show_progress_bar)
-        trained = _learn(data, embedder, config, work, show_progress_bar=show_progress_bar)
+        shared = None
+        if config.expert.shared_rank:
+            shared = _learn_shared(data, embedder, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar)
+        trained = _learn(data, embedder, shared and shared.delta, config, work, show_progress_bar=show_progress_bar)
         query_router, report = choose_query_router(
             [profile.train_queries for profile in data.profiles],
             [profile.dev_queries for profile in data.profiles],
-            DevSearch(data.dev, embedder.with_bank(experts.with_base(trained.fitted.bank)), data.pool)
+            DevSearch(data.dev, embedder.with_bank(experts.with_base(trained.bank), trained.shared), data.pool)
             if config.tower == "query"
             else None,
         )
@@ -93,6 +99,7 @@ def train(
             "base": {"name": base, "fingerprint": encoder.fingerprint, "calibration": trained.calibration[0]},
             "tower": config.tower,
             "expert": to_json(config.expert),
+            "shared": shared and _write_shared(draft, shared),
             "experts": entries,
             "router": _write_routers(draft, query_router, _document_router(data.profiles), report),
             "request": request,
@@ -136,7 +143,7 @@ def add_expert(
         # Its negatives are the other experts' documents: another set of experts is another run.
         work = _open_work(model / WORK / f"add-{name}", {**request, "model": published.fingerprint})
         profiles = [read_profile(published, entry["profile"]) for entry in published.meta["experts"]]
-        embedder = Embedder(loaded.base, {})
+        embedder = Embedder(loaded.base, experts.base_alone(loaded.base.config, config.expert))
         data = prepare(
             read,
             embedder,
@@ -145,7 +152,8 @@ def add_expert(
             [profile.documents for profile in profiles],
             show_progress_bar=show_progress_bar,
         )
-        trained = _learn(data, embedder, config, work, show_progress_bar=show_progress_bar)
+        shared = read_shared(published).delta if published.meta["shared"] else None
+        trained = _learn(data, embedder, shared, config, work, show_progress_bar=show_progress_bar)
         draft = Draft(model, KIND)
         entries = [*published.meta["experts"], *_write_experts(draft, data, trained, config, {name: domain})]
         finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
@@ -176,8 +184,11 @@ def _publish_next(
 ) -> Artifact:
     """The next version of a model with these experts, and a refitted router, no more cautious than the one before."""
     before = read_routers(published)["query"]
+    kept = {entry[key] for entry in entries for key in ("file", "profile")}
+    if published.meta["shared"]:
+        kept.add(published.meta["shared"]["file"])
     for name in published.files:
-        if name.startswith("base/") or name in {entry[key] for entry in entries for key in ("file", "profile")}:
+        if name.startswith("base/") or name in kept:
             draft.keep(published, name)
     query_router, report = choose_query_router(
         [profile.train_queries for profile in profiles], [profile.dev_queries for profile in profiles]
@@ -208,34 +219,91 @@ def _require_same(old: dict[str, Any], new: dict[str, Any], what: str, folder: P
         )
 
 
-class Learned(NamedTuple):
-    """Experts at their best steps, and how the base's and their scores tell relevance (None where they need not)."""
+class LearnedShared(NamedTuple):
+    """The shared delta at its best step, without a leading axis, and how strong it is best used alone."""
 
-    fitted: Fitted
+    delta: experts.Bank
+    step: int
+    strength: float
+    base_dev: float
+    dev: float
+
+
+def _learn_shared(
+    data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool
+) -> LearnedShared:
+    """Trains one delta on all domains in turn; as many looks at dev, and as many rounds between them, as experts get."""
+    base, count = embedder.base_encoder, len(data.sets)
+    own = dataclasses.replace(config, steps=config.shared_steps * count, evaluate_every=config.evaluate_every * count)
+    shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
+    bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
+    tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)
+    batches = Batches(base.graph, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
+    before = mean_over_domains(list(tower.base()))
+    work.mkdir(parents=True, exist_ok=True)
+    fitted = fit(bank, batches, tower.evaluate_shared, before, own, work, show_progress_bar=show_progress_bar)
+    strengths = choose_strengths(
+        fitted.bank, None, lambda scaled, _: tower.evaluate_shared(scaled, np.ones(1, bool)), before
+    )
+    delta, strength = experts.take(fitted.bank, 0), float(strengths.own[0])
+    return LearnedShared(delta, int(fitted.steps[0]), strength, float(before[0, 0]), float(strengths.dev[0, 0]))
+
+
+class Learned(NamedTuple):
+    """Experts at their best steps and strengths, and how the base's and their scores tell relevance (None: need not)."""
+
+    bank: experts.Bank
+    shared: experts.Shared | None
+    steps: Int[np.ndarray, "E"]
+    strengths: Strengths
+    base_dev: Float[np.ndarray, "E 3"]
     calibration: Sequence[tuple[float, float] | None]
 
 
-def _learn(data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool) -> Learned:
-    base = embedder.base_encoder
+def _learn(
+    data: Prepared,
+    embedder: Embedder,
+    shared: experts.Bank | None,
+    config: TrainConfig,
+    work: Path,
+    *,
+    show_progress_bar: bool,
+) -> Learned:
+    """Trains the domains' experts, on top of the shared delta where there is one."""
+    base, every = embedder.base_encoder, np.ones(len(data.sets), bool)
     # A key made from the name, so that an expert starts alike whoever trains beside it.
-    keys = [
-        jax.random.fold_in(jax.random.key(config.seed), int(artifact.fingerprint(own.name)[:7], 16))
-        for own in data.sets
-    ]
-    bank = experts.init_bank(base.config, config.expert, keys)
+    bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
     tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
-    batches = Batches(
-        base.graph,
-        experts.trunk_layers(bank, base.config),
-        base.params,
-        data.pool,
-        tower.document_ids,
-        data.sets,
-        config,
-        data_mesh(),
-    )
-    fitted = fit(bank, batches, tower.evaluate, config, work, show_progress_bar=show_progress_bar)
-    return Learned(fitted, tower.calibration(fitted.bank))
+    params = base.params if shared is None else experts.fold(base.params, shared)
+    beneath = None if shared is None else experts.Shared(shared, np.ones(len(every) + 1, np.float32))
+    layers = experts.trunk_layers(bank, base.config)
+    batches = Batches(base.graph, layers, params, data.pool, tower.document_ids, data.sets, config, data_mesh())
+    before = tower.base()
+
+    def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
+        return tower.evaluate(bank, active, beneath)
+
+    fitted = fit(bank, batches, look, before, config, work, show_progress_bar=show_progress_bar)
+    strengths = choose_strengths(fitted.bank, shared, lambda bank, under: tower.evaluate(bank, every, under), before)
+    bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
+    if shared is not None:
+        beneath = experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
+    return Learned(bank, beneath, fitted.steps, strengths, before, tower.calibration(bank))
+
+
+def _key(seed: int, name: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), int(artifact.fingerprint(name)[:7], 16))
+
+
+def _write_shared(draft: Draft, shared: LearnedShared) -> dict[str, Any]:
+    tensors = experts.flatten(shared.delta)
+    return {
+        "file": draft.add("experts/_shared.safetensors", lambda path: save_file(tensors, path)),
+        "step": shared.step,
+        "strength": shared.strength,
+        "base_dev_ndcg": round(shared.base_dev, 5),
+        "dev_ndcg": round(shared.dev, 5),
+    }
 
 
 def _write_experts(
@@ -243,7 +311,7 @@ def _write_experts(
 ) -> list[dict[str, Any]]:
     entries = []
     for number, own in enumerate(data.domains):
-        deltas = experts.flatten(experts.take(trained.fitted.bank, number))
+        deltas = experts.flatten(experts.take(trained.bank, number))
         profile = {
             field.name: np.ascontiguousarray(getattr(data.profiles[number], field.name))
             for field in dataclasses.fields(Profile)
@@ -255,14 +323,24 @@ def _write_experts(
                 "profile": draft.add(f"profiles/{own.name}.safetensors", lambda path, t=profile: save_file(t, path)),
                 "documents": len(own.corpus),
                 "train_queries": len(own.splits["train"].queries),
-                "base_dev_ndcg": round(float(trained.fitted.base_dev[number]), 5),
-                "dev_ndcg": round(float(trained.fitted.dev[number]), 5),
-                "step": int(trained.fitted.steps[number]),
+                "base_dev_ndcg": _groups(trained.base_dev[number]),
+                "dev_ndcg": _groups(trained.strengths.dev[number]),
+                "step": int(trained.steps[number]),
+                "strength": float(trained.strengths.own[number]),
+                "shared_strength": float(trained.strengths.shared[number]),
                 "calibration": trained.calibration[number + 1],
                 "request": {**to_json(config), f"domain {own.name}": source_digests(domains[own.name])},
             }
         )
     return entries
+
+
+def _groups(scores: Float[np.ndarray, "3"]) -> dict[str, float | None]:
+    """nDCG@10 over all, seen and unseen dev queries; None where there are too few."""
+    return {
+        group: None if np.isnan(score) else round(float(score), 5)
+        for group, score in zip(("all", "seen", "unseen"), scores, strict=True)
+    }
 
 
 def _document_router(profiles: Sequence[Profile]) -> Router:
@@ -281,7 +359,7 @@ def _write_routers(draft: Draft, query: Router, document: Router, report: dict[s
         for name in ("weights", "bias")
     }
     rules = {
-        side: {name: getattr(router, name) for name in ("kind", "slots", "minimum", "threshold")}
+        side: {name: getattr(router, name) for name in ("kind", "reads", "slots", "minimum", "threshold")}
         for side, router in routers.items()
     }
     file = draft.add("router.safetensors", lambda path: save_file(tensors, path))

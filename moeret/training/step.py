@@ -1,7 +1,7 @@
-"""One training step as pure functions: gradients add up over micro-batches, then one update.
+"""One training step as pure functions: gradients add up over the experts' batches, then one update.
 
-A micro-batch is of one expert, and every expert's rows weigh 1 / batch_size, so the gradient of an expert, and with an
-elementwise optimizer its whole path, is the same whether it trains alone or beside others on the same pool of documents.
+A batch is of one expert, and its rows weigh 1 / batch_size, so the gradient of an expert, and with an elementwise
+optimizer its whole path, is the same whether it trains alone or beside others on the same pool of documents.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moeret.config import TrainConfig
 from moeret.models.encoder import unit
 from moeret.models.experts import Bank
-from moeret.training.losses import decoupled_softmax, pooled_decoupled_softmax
+from moeret.training.losses import Pool, decoupled_softmax, pooled_decoupled_softmax
 
 
 class TextBatch(NamedTuple):
@@ -45,8 +45,8 @@ class PairBatch(NamedTuple):
 class Frozen(NamedTuple):
     """What a step reads and never changes."""
 
-    params: Any
-    documents: Float[Array, "N D"]  # unit base vectors of every document; unused when both towers train
+    params: Any  # the encoder's, matrices in the precision of the products
+    pool: Pool | None  # unit base vectors of every document; None when both towers train
 
 
 class TrainState(NamedTuple):
@@ -57,7 +57,7 @@ class TrainState(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What micro-batches of one step add up to."""
+    """What the batches of one step add up to."""
 
     gradients: Bank
     losses: Float[Array, "E"]
@@ -99,12 +99,12 @@ def add_batch(
     expert: Int[Array, ""],
     batch: QueryBatch | PairBatch,
 ) -> Totals:
-    """Adds a micro-batch's gradients and loss, all of one expert, to the totals."""
+    """Adds a batch's gradients and loss, all of one expert, to the totals."""
 
     def loss(own: Bank) -> Float[Array, ""]:
         queries = _embed(graph, layers, frozen.params, own, batch.queries)
         if isinstance(batch, QueryBatch):
-            rows = pooled_decoupled_softmax(queries, frozen.documents, batch.positives, temperature)
+            rows = pooled_decoupled_softmax(queries, frozen.pool, batch.positives, temperature)
         else:
             documents = _embed(graph, layers, frozen.params, own, batch.documents)
             rows = decoupled_softmax(queries @ documents.T / temperature, batch.positives)

@@ -1,16 +1,28 @@
 """What differs between training the query tower alone and both towers: how experts are judged on dev."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from moeret.models.embed import Embedder
-from moeret.models.experts import Bank, with_base
+from moeret.models.experts import Bank, Shared, with_base
 from moeret.training.calibration import fit_logistic
 from moeret.training.prepare import Prepared
 from moeret.training.routing import DevSet, dev_ndcg
 
 CANDIDATES = 10
 """Both towers: dev searches among the judged documents and this many of the base's best for each dev query."""
+
+
+LEAST_QUERIES = 10
+"""Seen or unseen dev queries that there must be for their mean to say anything."""
+
+
+def by_group(values: Float[np.ndarray, "Q"], seen: Bool[np.ndarray, "Q"]) -> Float[np.ndarray, "3"]:
+    """Mean over all dev queries, over the seen ones and over the unseen ones; NaN for a group of too few."""
+    groups = (values[mask] if mask.sum() >= LEAST_QUERIES else np.array([np.nan]) for mask in (seen, ~seen))
+    return np.array([values.mean(), *(own.mean() for own in groups)], np.float32)
 
 
 class QueryTower:
@@ -21,19 +33,40 @@ class QueryTower:
     def __init__(self, data: Prepared, embedder: Embedder):
         self._data, self._embedder = data, embedder
 
-    def evaluate(self, bank: Bank, active: Bool[np.ndarray, "E"]) -> Float[np.ndarray, "E"]:
-        """Dev nDCG@10 of the active experts; 0 for the others."""
-        embedder = self._embedder.with_bank(with_base(bank))
-        scores = np.zeros(len(active), np.float32)
+    def base(self) -> Float[np.ndarray, "E 3"]:
+        """Dev nDCG@10 of the base on each domain, by group."""
+        return np.stack([by_group(dev_ndcg(own, own.vectors, self._data.pool), own.seen) for own in self._data.dev])
+
+    def evaluate(
+        self, bank: Bank, active: Bool[np.ndarray, "E"], shared: Shared | None = None
+    ) -> Float[np.ndarray, "E 3"]:
+        """Dev nDCG@10 of the active experts, by group; 0 for the others."""
+        embedder = self._embedder.with_bank(with_base(bank), shared)
+        scores = np.zeros((len(active), 3), np.float32)
         for number in np.flatnonzero(active):
-            own = self._data.dev[number]
-            vectors = embedder.mixed(own.texts, *_only(number, len(own.texts)))
-            scores[number] = dev_ndcg(own, vectors, self._data.pool).mean()
+            scores[number] = self._score(embedder, self._data.dev[number], number)
         return scores
+
+    def evaluate_shared(self, bank: Bank, active: Bool[np.ndarray, "1"]) -> Float[np.ndarray, "1 3"]:
+        """Dev nDCG@10 of the only expert of a bank, used for every domain: the mean over domains, by group."""
+        embedder = self._embedder.with_bank(with_base(bank))
+        return mean_over_domains([self._score(embedder, own, 0) for own in self._data.dev])
+
+    def _score(self, embedder: Embedder, own: DevSet, expert: int) -> Float[np.ndarray, "3"]:
+        vectors = embedder.mixed(own.texts, *_only(expert, len(own.texts)))
+        return by_group(dev_ndcg(own, vectors, self._data.pool), own.seen)
 
     def calibration(self, bank: Bank) -> list[None]:
         """One document space needs none, neither for the base nor for its experts."""
         return [None] * (1 + len(self._data.dev))
+
+
+def mean_over_domains(scores: Sequence[Float[np.ndarray, "3"]]) -> Float[np.ndarray, "1 3"]:
+    """Every domain weighs the same; NaN for a group that no domain has enough of."""
+    table = np.stack(scores)
+    has = ~np.isnan(table)
+    counts = has.sum(axis=0)
+    return np.where(counts > 0, np.where(has, table, 0).sum(axis=0) / np.maximum(counts, 1), np.nan)[None]
 
 
 class BothTowers:
@@ -49,14 +82,24 @@ class BothTowers:
             candidates = _candidates(own, data.pool)
             first = int(own.documents[0])
             ids = [own.ids[row - first] for row in candidates]
-            small = DevSet(own.judged, own.texts, own.vectors, np.arange(len(ids)), ids)
+            small = DevSet(own.judged, own.texts, own.vectors, np.arange(len(ids)), ids, own.seen)
             self._dev.append((small, [texts[row] for row in candidates]))
 
-    def evaluate(self, bank: Bank, active: Bool[np.ndarray, "E"]) -> Float[np.ndarray, "E"]:
-        """Dev nDCG@10 of the active experts among their candidates; 0 for the others."""
-        scores = np.zeros(len(active), np.float32)
+    def base(self) -> Float[np.ndarray, "E 3"]:
+        """Dev nDCG@10 of the base among each domain's candidates, by group."""
+        return np.stack(
+            [by_group(dev_ndcg(own, own.vectors, self._embedder.base(texts)), own.seen) for own, texts in self._dev]
+        )
+
+    def evaluate(
+        self, bank: Bank, active: Bool[np.ndarray, "E"], shared: Shared | None = None
+    ) -> Float[np.ndarray, "E 3"]:
+        """Dev nDCG@10 of the active experts among their candidates, by group; 0 for the others."""
+        assert shared is None  # TrainConfig refuses it for both towers
+        scores = np.zeros((len(active), 3), np.float32)
         for number in np.flatnonzero(active):
-            scores[number] = dev_ndcg(self._dev[number][0], *self._encoded(bank, number)).mean()
+            own = self._dev[number][0]
+            scores[number] = by_group(dev_ndcg(own, *self._encoded(bank, number)), own.seen)
         return scores
 
     def calibration(self, bank: Bank) -> list[tuple[float, float]]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from moeret.config import MATRICES, ExpertConfig
 from moeret.models import experts
-from moeret.models.encoder import Encoder, EncoderConfig, _attention, _attention_bias, _shared_low_rank, unit
+from moeret.models.encoder import Encoder, EncoderConfig, _attention, _attention_bias, _common_low_rank, unit
 from moeret.models.experts import Mixture
 
 CONFIG = EncoderConfig(
@@ -97,7 +97,7 @@ def test_the_shared_products_own_gradient_is_that_of_the_plain_formula(shape):
         jnp.asarray(random.normal(size=size), jnp.float32)
         for size in ((rows, length, d_in), (d_in, rank), (rank, d_out), (rows, length, d_out))
     )
-    value, pull = jax.vjp(_shared_low_rank, x, a, b)
+    value, pull = jax.vjp(_common_low_rank, x, a, b)
     plain_value, plain_pull = jax.vjp(lambda x, a, b: (x @ a) @ b, x, a, b)
     np.testing.assert_allclose(value, plain_value, rtol=1e-5, atol=1e-5)
     for own, plain in zip(pull(g), plain_pull(g), strict=True):
