@@ -73,7 +73,12 @@ def _body(report: dict, model, index, seconds: dict[str, float]) -> str:
             + markdown_table(columns, rows)
         )
     experts = [
-        [entry["name"], f"{100 * entry['base_dev_ndcg']['all']:.1f}", f"{100 * entry['dev_ndcg']['all']:.1f}", str(entry["step"])]
+        [
+            entry["name"],
+            f"{100 * entry['base_dev_ndcg']['all']:.1f}",
+            f"{100 * entry['dev_ndcg']['all']:.1f}",
+            str(entry["step"]),
+        ]
         for entry in model.meta["experts"]
     ]
     parts.append(

@@ -38,7 +38,7 @@ class ExpertConfig:
     matrices: tuple[str, ...] = MATRICES
     """Which matrices of a layer experts change."""
     shared_rank: int = 64
-    """Rank of the shared delta under all experts, learned from all domains before them; 0 for none."""
+    """With --tower query: rank of the shared delta under all experts, learned from all domains before them; 0 for none."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
@@ -95,11 +95,6 @@ class TrainConfig:
         for name in ("shared_steps", "batch_size", "evaluate_every", "patience", "dev_queries"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(self.steps >= 0, f"steps must not be negative, got {self.steps}")
-        require(
-            self.tower == "query" or not self.expert.shared_rank,
-            "with tower both experts change documents too, and a shared delta would change them all; "
-            "set expert.shared_rank to 0",
-        )
         require(self.hard_negatives >= 0, f"hard_negatives must not be negative, got {self.hard_negatives}")
         require(self.learning_rate > 0, f"learning_rate must be above 0, got {self.learning_rate}")
         require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")

@@ -162,7 +162,8 @@ def train_config() -> moeret.TrainConfig:
         evaluate_every=20,
         patience=10,
         temperature=0.05,
-        expert=moeret.ExpertConfig(rank=8, layers=2),
+        shared_steps=20,
+        expert=moeret.ExpertConfig(rank=8, layers=2, shared_rank=4),
     )
 
 

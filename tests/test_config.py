@@ -18,7 +18,7 @@ NONSENSE = [
     *((TrainConfig, "tower", value) for value in ("document", "", "QUERY")),
     *(
         (TrainConfig, name, value)
-        for name in ("steps", "batch_size", "evaluate_every", "patience", "dev_queries")
+        for name in ("shared_steps", "batch_size", "evaluate_every", "patience", "dev_queries")
         for value in (0, -1)
     ),
     *((TrainConfig, "hard_negatives", value) for value in (-1,)),

@@ -5,11 +5,10 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from moeret import artifact
@@ -22,13 +21,9 @@ from moeret.models.embed import Embedder
 from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers, read_shared
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
-from moeret.training.batches import Batches
-from moeret.training.loop import fit
-from moeret.training.mesh import data_mesh
+from moeret.training.learn import Learned, LearnedShared, learn, learn_shared
 from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
 from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
-from moeret.training.strength import Strengths, choose_strengths
-from moeret.training.towers import BothTowers, QueryTower, mean_over_domains
 from moeret.types import SHARED_EXPERT
 
 
@@ -81,9 +76,9 @@ def train(
         embedder = Embedder(encoder, experts.base_alone(encoder.config, config.expert))
         data = prepare(read, embedder, config, work / VECTORS, show_progress_bar=show_progress_bar)
         shared = None
-        if config.expert.shared_rank:
-            shared = _learn_shared(data, embedder, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar)
-        trained = _learn(data, embedder, shared and shared.delta, config, work, show_progress_bar=show_progress_bar)
+        if config.expert.shared_rank and config.tower == "query":
+            shared = learn_shared(data, embedder, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar)
+        trained = learn(data, embedder, shared and shared.delta, config, work, show_progress_bar=show_progress_bar)
         query_router, report = choose_query_router(
             [profile.train_queries for profile in data.profiles],
             [profile.dev_queries for profile in data.profiles],
@@ -153,7 +148,7 @@ def add_expert(
             show_progress_bar=show_progress_bar,
         )
         shared = read_shared(published).delta if published.meta["shared"] else None
-        trained = _learn(data, embedder, shared, config, work, show_progress_bar=show_progress_bar)
+        trained = learn(data, embedder, shared, config, work, show_progress_bar=show_progress_bar)
         draft = Draft(model, KIND)
         entries = [*published.meta["experts"], *_write_experts(draft, data, trained, config, {name: domain})]
         finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
@@ -217,82 +212,6 @@ def _require_same(old: dict[str, Any], new: dict[str, Any], what: str, folder: P
         raise ConfigError(
             f"{what} ({differences(old, new)}); repeat them, choose another directory, or delete {folder} to start over"
         )
-
-
-class LearnedShared(NamedTuple):
-    """The shared delta at its best step, without a leading axis, and how strong it is best used alone."""
-
-    delta: experts.Bank
-    step: int
-    strength: float
-    base_dev: float
-    dev: float
-
-
-def _learn_shared(
-    data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool
-) -> LearnedShared:
-    """Trains one delta on all domains in turn; as many looks at dev, and as many rounds between them, as experts get."""
-    base, count = embedder.base_encoder, len(data.sets)
-    own = dataclasses.replace(config, steps=config.shared_steps * count, evaluate_every=config.evaluate_every * count)
-    shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
-    bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
-    tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)
-    batches = Batches(base.graph, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
-    before = mean_over_domains(list(tower.base()))
-    work.mkdir(parents=True, exist_ok=True)
-    fitted = fit(bank, batches, tower.evaluate_shared, before, own, work, show_progress_bar=show_progress_bar)
-    strengths = choose_strengths(
-        fitted.bank, None, lambda scaled, _: tower.evaluate_shared(scaled, np.ones(1, bool)), before
-    )
-    delta, strength = experts.take(fitted.bank, 0), float(strengths.own[0])
-    return LearnedShared(delta, int(fitted.steps[0]), strength, float(before[0, 0]), float(strengths.dev[0, 0]))
-
-
-class Learned(NamedTuple):
-    """Experts at their best steps and strengths, and how the base's and their scores tell relevance (None: need not)."""
-
-    bank: experts.Bank
-    shared: experts.Shared | None
-    steps: Int[np.ndarray, "E"]
-    strengths: Strengths
-    base_dev: Float[np.ndarray, "E 3"]
-    calibration: Sequence[tuple[float, float] | None]
-
-
-def _learn(
-    data: Prepared,
-    embedder: Embedder,
-    shared: experts.Bank | None,
-    config: TrainConfig,
-    work: Path,
-    *,
-    show_progress_bar: bool,
-) -> Learned:
-    """Trains the domains' experts, on top of the shared delta where there is one."""
-    base, every = embedder.base_encoder, np.ones(len(data.sets), bool)
-    # A key made from the name, so that an expert starts alike whoever trains beside it.
-    bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
-    tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
-    params = base.params if shared is None else experts.fold(base.params, shared)
-    beneath = None if shared is None else experts.Shared(shared, np.ones(len(every) + 1, np.float32))
-    layers = experts.trunk_layers(bank, base.config)
-    batches = Batches(base.graph, layers, params, data.pool, tower.document_ids, data.sets, config, data_mesh())
-    before = tower.base()
-
-    def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
-        return tower.evaluate(bank, active, beneath)
-
-    fitted = fit(bank, batches, look, before, config, work, show_progress_bar=show_progress_bar)
-    strengths = choose_strengths(fitted.bank, shared, lambda bank, under: tower.evaluate(bank, every, under), before)
-    bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
-    if shared is not None:
-        beneath = experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
-    return Learned(bank, beneath, fitted.steps, strengths, before, tower.calibration(bank))
-
-
-def _key(seed: int, name: str) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), int(artifact.fingerprint(name)[:7], 16))
 
 
 def _write_shared(draft: Draft, shared: LearnedShared) -> dict[str, Any]:

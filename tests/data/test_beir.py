@@ -142,7 +142,6 @@ def test_bad_json_at_line_40000_is_found_and_named(corpus):
         ({"_id": "x", "text": None}, "text must be a string"),
         ({"_id": "x", "text": ["t"]}, "text must be a string"),
         ({"_id": "x", "text": "t", "title": 3}, "title must be a string"),
-        ({"_id": "x", "text": " ", "title": ""}, "document 'x' has neither title nor text"),
         ('{"_id": "x\\ud800", "text": "t"}', "_id is not valid Unicode"),
         ('{"_id": "x", "text": "\\udfff t"}', "text is not valid Unicode"),
         ('{"_id": "x", "text": "t", "title": "\\ud83d"}', "title is not valid Unicode"),

@@ -8,6 +8,7 @@ from moeret.config import ExpertConfig
 from moeret.models import embed, experts
 from moeret.models.embed import Embedder, cached_vectors
 from moeret.models.pretrained import load_base
+from moeret.models.router import half
 
 WORDS = ["apple", "iron", "rhine", "find", "the", "a", "very", "long", "story", "zinc", "plum", "kiwi"]
 TEXTS = [
@@ -54,22 +55,31 @@ def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch)
         np.testing.assert_allclose(alone[0], mixed[n], **close)
 
 
+@pytest.mark.parametrize("reads", ["trunk", "base"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_routed_is_base_and_mixed_in_one_reading(embedder, routes, normalize):
+def test_routed_is_readings_and_mixed_in_one_pass(embedder, routes, normalize, reads):
     chosen, weights = routes
-    base = embedder.base(TEXTS)
-    assert np.all(base @ base.T - 2 * np.eye(len(TEXTS)) < 0.9999)
+    readings = half(embedder.readings(TEXTS), reads)
+    np.testing.assert_allclose(readings, embedder.readings(TEXTS, reads=reads), **close)
 
-    def choose(vectors):
-        rows = (vectors @ base.T).argmax(1)
-        np.testing.assert_allclose(vectors, base[rows], **close)
+    def choose(read):
+        rows = ((read[:, None] - readings[None]) ** 2).sum(-1).argmin(1)
+        np.testing.assert_allclose(read, readings[rows], **close)
         return chosen[rows], weights[rows]
 
-    own_base, merged = embedder.routed(TEXTS, choose, normalize=normalize)
-    np.testing.assert_allclose(own_base, embedder.base(TEXTS, normalize=normalize), **close)
+    read, merged = embedder.routed(TEXTS, reads, choose, normalize=normalize)
+    base = embedder.base(TEXTS, normalize=normalize)
+    np.testing.assert_allclose(read, readings, **close)
     np.testing.assert_allclose(merged, embedder.mixed(TEXTS, chosen, weights, normalize=normalize), **close)
-    np.testing.assert_allclose(merged[::4], own_base[::4], **close)
-    assert np.abs(merged - own_base).max(1)[weights.any(1)].min() > 1e-3
+    np.testing.assert_allclose(merged[::4], base[::4], **close)
+    assert np.abs(merged - base).max(1)[weights.any(1)].min() > 1e-3
+
+
+def test_a_reading_is_the_mean_token_of_the_trunk_and_the_unit_base_vector(embedder):
+    readings = embedder.readings(TEXTS)
+    np.testing.assert_allclose(half(readings, "base"), embedder.base(TEXTS), **close)
+    alone = np.concatenate([embedder.readings([text]) for text in TEXTS])  # so padding changes nothing
+    np.testing.assert_allclose(readings, alone, **close)
 
 
 def test_another_bank_on_the_same_base(embedder):

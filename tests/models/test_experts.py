@@ -1,5 +1,7 @@
 """The bank: mixing rows in one program gives what each row would get by itself."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +44,10 @@ def batch(base, bank):
 def run(base, bank, batch, chosen, weights) -> np.ndarray:
     """Embeddings of the batch's rows with these experts and weights."""
     x, lengths, layers = batch
-    mixture = Mixture(jnp.asarray(chosen, jnp.int32), jnp.asarray(weights, jnp.float32))
-    return np.asarray(_branch(base.graph, layers, base.params, experts.with_base(bank), x, lengths, mixture))
+    mixture = Mixture(
+        jnp.asarray(chosen, jnp.int32), jnp.asarray(weights, jnp.float32), jnp.zeros(len(chosen), jnp.float32)
+    )
+    return np.asarray(_branch(base.graph, layers, base.params, experts.with_base(bank), None, x, lengths, mixture))
 
 
 def test_a_mixed_batch_is_its_rows_encoded_expert_by_expert(base, bank, batch):
@@ -82,6 +86,23 @@ def test_a_new_bank_starts_as_the_base(base, batch):
     plain = nnx.merge(base.graph, base.params).branch(x, lengths, layers, {})
     np.testing.assert_allclose(run(base, fresh, batch, [[1]] * 5, [[1.0]] * 5), plain, atol=1e-6)
     assert all(np.any(leaf != 0) for name, leaf in experts.flatten(fresh).items() if name.endswith(".a"))
+
+
+def test_a_shared_delta_lies_under_each_row_as_strongly_as_its_experts_want(base, bank):
+    """Rows of one program: the base, an expert on half of the shared delta, two experts, the shared delta alone."""
+    delta = experts.take(bank, 2)
+    shared = experts.Shared(delta, np.array([0.0, 0.5, 1.0, 0.25, 0.75], np.float32))
+    embedder = Embedder(base, experts.with_base(bank, shared=True), shared)
+    texts = ["find the apple", "about a very long iron", "which text is on", "a story of the rhine"]
+    chosen, weights = np.array([[0, 0], [1, 0], [1, 2], [4, 0]]), np.array([[0, 0], [1, 0], [0.6, 0.4], [1, 0]])
+    found = embedder.mixed(texts, chosen, weights.astype(np.float32))
+    wanted = [(0.0, {}), (0.5, {1: 1.0}), (0.6 * 0.5 + 0.4 * 1.0, {1: 0.6, 2: 0.4}), (0.75, {})]
+    for text, vector, (under, own) in zip(texts, found, wanted, strict=True):
+        params = experts.fold(base.params, experts.take(experts.scaled(bank, np.full(COUNT, under)), 2))
+        for expert, weight in own.items():
+            params = experts.fold(params, experts.take(experts.scaled(bank, np.full(COUNT, weight)), expert - 1))
+        folded = Embedder(dataclasses.replace(base, params=params), experts.with_base(bank))
+        np.testing.assert_allclose(vector, folded.base([text])[0], atol=3e-6)
 
 
 def test_an_experts_start_does_not_depend_on_the_others(base):

@@ -22,6 +22,7 @@ def routers(draw: st.DrawFn, threshold: st.SearchStrategy[float] | None = None) 
     experts = draw(st.integers(1, 5))
     return Router(
         kind="learned",
+        reads="trunk",
         weights=draw(numbers(WIDTH, experts)),
         bias=draw(numbers(experts)),
         slots=draw(st.integers(1, 6)),

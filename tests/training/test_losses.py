@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moeret.training.losses import decoupled_softmax, pooled_decoupled_softmax
+from moeret.training.losses import Pool, decoupled_softmax, pooled_decoupled_softmax
 
 
 def reference(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -44,7 +44,7 @@ def test_the_pooled_form_equals_the_mask_form_in_value_and_gradient(seed, width)
         mask[row, own] = True
 
     def pooled(q):
-        return pooled_decoupled_softmax(q, documents, jnp.asarray(positives), 0.5).sum()
+        return pooled_decoupled_softmax(q, Pool(documents, documents.T), jnp.asarray(positives), 0.5).sum()
 
     def masked(q):
         return decoupled_softmax(q @ documents.T / 0.5, jnp.asarray(mask)).sum()

@@ -19,25 +19,30 @@ def clouds(seed: int, counts=(40, 400), spread=0.6) -> list[np.ndarray]:
     return out
 
 
+def readings(seed: int) -> list[np.ndarray]:
+    """Both halves alike."""
+    return [np.concatenate([own, own], axis=1) for own in clouds(seed)]
+
+
 def test_the_learned_router_separates_what_can_be_separated_whatever_the_domains_sizes():
-    router = fit_learned(clouds(1))
+    router = fit_learned(clouds(1), "base")
     assert quality(router, clouds(2, spread=0.2))["accuracy"] > 0.98
 
 
-@pytest.mark.parametrize("fit", [centroid_router, fit_learned])
+@pytest.mark.parametrize("fit", [centroid_router, lambda vectors: fit_learned(vectors, "base")])
 def test_calibration_never_raises_the_log_loss_on_its_own_data(fit):
     router, dev = fit(clouds(1)), clouds(3)
     assert quality(calibrate(router, dev), dev)["log_loss"] <= quality(router, dev)["log_loss"] + 1e-9
 
 
 def test_calibration_does_not_change_who_is_best():
-    router, dev = fit_learned(clouds(1)), clouds(3)
+    router, dev = fit_learned(clouds(1), "base"), clouds(3)
     for own in dev:
         assert (router.probabilities(own).argmax(1) == calibrate(router, dev).probabilities(own).argmax(1)).all()
 
 
 def test_the_report_names_the_better_router():
-    router, report = choose_query_router(clouds(1), clouds(2))
+    router, report = choose_query_router(readings(1), readings(2))
     best = max(("centroids", "learned"), key=lambda kind: report[kind]["accuracy"])
     assert report[report["chosen"]]["accuracy"] == report[best]["accuracy"] and router.kind == report["chosen"]
 

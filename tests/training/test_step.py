@@ -20,7 +20,8 @@ from moeret.training.towers import BothTowers
 @pytest.fixture(scope="module")
 def prepared(base_folder, domains, train_config, tmp_path_factory):
     """Embedder and data of all three domains, for either tower."""
-    embedder = Embedder(load_base(str(base_folder), base_folder), {})
+    base = load_base(str(base_folder), base_folder)
+    embedder = Embedder(base, experts.base_alone(base.config, train_config.expert))
     config = dataclasses.replace(train_config, tower="both")
     cache = tmp_path_factory.mktemp("vectors")
     return embedder, prepare(read_domains(domains), embedder, config, cache, show_progress_bar=False)

@@ -1,0 +1,98 @@
+"""From prepared data to trained deltas: the shared one first, then every domain's expert on top of it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from moeret import artifact
+from moeret.config import TrainConfig
+from moeret.models import experts
+from moeret.models.embed import Embedder
+from moeret.training.batches import Batches
+from moeret.training.loop import fit
+from moeret.training.mesh import data_mesh
+from moeret.training.prepare import Prepared
+from moeret.training.strength import Strengths, choose_strengths
+from moeret.training.towers import BothTowers, QueryTower, mean_over_domains
+from moeret.types import SHARED_EXPERT
+
+
+class LearnedShared(NamedTuple):
+    """The shared delta at its best step, without a leading axis, and how strong it is best used alone."""
+
+    delta: experts.Bank
+    step: int
+    strength: float
+    base_dev: float
+    dev: float
+
+
+def learn_shared(
+    data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool
+) -> LearnedShared:
+    """Trains one delta on all domains in turn; as many looks at dev, and as many rounds between them, as experts get."""
+    base, count = embedder.base_encoder, len(data.sets)
+    own = dataclasses.replace(config, steps=config.shared_steps * count, evaluate_every=config.evaluate_every * count)
+    shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
+    bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
+    tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)
+    batches = Batches(base.graph, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
+    before = mean_over_domains(list(tower.base()))
+    work.mkdir(parents=True, exist_ok=True)
+    fitted = fit(bank, batches, tower.evaluate_shared, before, own, work, show_progress_bar=show_progress_bar)
+    strengths = choose_strengths(
+        fitted.bank, None, lambda scaled, _: tower.evaluate_shared(scaled, np.ones(1, bool)), before
+    )
+    delta, strength = experts.take(fitted.bank, 0), float(strengths.own[0])
+    return LearnedShared(delta, int(fitted.steps[0]), strength, float(before[0, 0]), float(strengths.dev[0, 0]))
+
+
+class Learned(NamedTuple):
+    """Experts at their best steps and strengths, and how the base's and their scores tell relevance (None: need not)."""
+
+    bank: experts.Bank
+    shared: experts.Shared | None
+    steps: Int[np.ndarray, "E"]
+    strengths: Strengths
+    base_dev: Float[np.ndarray, "E 3"]
+    calibration: Sequence[tuple[float, float] | None]
+
+
+def learn(
+    data: Prepared,
+    embedder: Embedder,
+    shared: experts.Bank | None,
+    config: TrainConfig,
+    work: Path,
+    *,
+    show_progress_bar: bool,
+) -> Learned:
+    """Trains the domains' experts, on top of the shared delta where there is one."""
+    base, every = embedder.base_encoder, np.ones(len(data.sets), bool)
+    # A key made from the name, so that an expert starts alike whoever trains beside it.
+    bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
+    tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
+    params = base.params if shared is None else experts.fold(base.params, shared)
+    beneath = None if shared is None else experts.Shared(shared, np.ones(len(every) + 1, np.float32))
+    layers = experts.trunk_layers(bank, base.config)
+    batches = Batches(base.graph, layers, params, data.pool, tower.document_ids, data.sets, config, data_mesh())
+    before = tower.base()
+
+    def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
+        return tower.evaluate(bank, active, beneath)
+
+    fitted = fit(bank, batches, look, before, config, work, show_progress_bar=show_progress_bar)
+    strengths = choose_strengths(fitted.bank, shared, lambda bank, under: tower.evaluate(bank, every, under), before)
+    bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
+    if shared is not None:
+        beneath = experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
+    return Learned(bank, beneath, fitted.steps, strengths, before, tower.calibration(bank))
+
+
+def _key(seed: int, name: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), int(artifact.fingerprint(name)[:7], 16))
