@@ -37,7 +37,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("cut_at", [1, 5, 9])
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
-    two_domains, base_folder, short, tmp_path, monkeypatch, cut_at
+    two_domains, base_folder, short, undisturbed, tmp_path, monkeypatch, cut_at
 ):
     def explode(*arguments, calls=[0]):  # noqa: B006 (counts calls)
         calls[0] += 1
