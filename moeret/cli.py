@@ -384,15 +384,9 @@ def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
             }
         )
         return
-    table = Table(
-        "expert", "documents", "train queries", "dev nDCG@10, base -> expert", "seen", "unseen", "step, strengths"
-    )
-    for row in rows:
-        before, after = row["base_dev_ndcg"], row["dev_ndcg"]
-        gains = ["too few" if after[group] is None else f"{before[group]:.3f} -> {after[group]:.3f}" for group in after]
-        used = f"{row['step']}, {row['strength']:g} on {row['shared_strength']:g} of the shared delta"
-        table.add_row(row["name"], str(row["documents"]), str(row["train_queries"]), *gains, used)
-    _OUT.print(table)
+    from moeret.evaluation.tables import expert_table
+
+    _OUT.print(expert_table(rows))
     if meta["shared"]:
         shared = meta["shared"]
         gain = f"{shared['base_dev_ndcg']:.3f} -> {shared['dev_ndcg']:.3f}"

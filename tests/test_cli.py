@@ -348,7 +348,7 @@ def test_a_malformed_corpus_is_reported_with_its_line(tmp_path, chain):
 @pytest.mark.parametrize(
     ("command", "wanted"),
     [
-        (("train", "--out", "x", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("train", "--out", "x", "--batch-size", "0"), "batch_size must be at least 1, got 0"),
         (("train", "--out", "x", "--expert.rank", "0"), "rank must be at least 1, got 0"),
         (("train", "--out", "x", "--learning-rate", "-1"), "learning_rate must be above 0"),
         (("experts", "add", "x", "--temperature", "0"), "temperature must be above 0"),

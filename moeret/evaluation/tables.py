@@ -28,6 +28,19 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
     return [*tables, _routing_table(report)]
 
 
+def expert_table(experts: list[dict[str, Any]]) -> Table:
+    """What each expert of a model gained on dev, over all, seen and unseen queries, and how much of it is used."""
+    table = Table(
+        "expert", "documents", "train queries", "dev nDCG@10, base -> expert", "seen", "unseen", "step, strengths"
+    )
+    for entry in experts:
+        before, after = entry["base_dev_ndcg"], entry["dev_ndcg"]
+        gains = ["too few" if after[group] is None else f"{before[group]:.3f} -> {after[group]:.3f}" for group in after]
+        used = f"{entry['step']}, {entry['strength']:g} on {entry['shared_strength']:g} of the shared delta"
+        table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains, used)
+    return table
+
+
 def _routing_table(report: dict[str, Any]) -> Table:
     router, cost = report["router"], report["cost"]
     table = Table(title="Routing", show_header=False)
