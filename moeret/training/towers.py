@@ -82,7 +82,7 @@ class BothTowers:
             candidates = _candidates(own, data.pool)
             first = int(own.documents[0])
             ids = [own.ids[row - first] for row in candidates]
-            small = DevSet(own.judged, own.texts, own.vectors, np.arange(len(ids)), ids, own.seen)
+            small = DevSet(own.judged, own.texts, own.readings, np.arange(len(ids)), ids, own.seen)
             self._dev.append((small, [texts[row] for row in candidates]))
 
     def base(self) -> Float[np.ndarray, "E 3"]:
