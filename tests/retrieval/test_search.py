@@ -223,7 +223,9 @@ def test_auto_searches_the_indexes_of_the_chosen_experts(retriever):
 
 
 def test_an_unknown_route_is_refused_with_the_known_ones(retriever):
-    with pytest.raises(moeret.ConfigError, match="no route 'river'; choose one of auto, all, base, shared, fruit, metal"):
+    with pytest.raises(
+        moeret.ConfigError, match="no route 'river'; choose one of auto, all, base, shared, fruit, metal"
+    ):
         retriever.search("apple", route="river")
 
 
