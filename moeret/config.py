@@ -58,14 +58,16 @@ class TrainConfig:
 
     tower: Tower = "query"
     """query: experts change queries, documents stay in the base's space. both: experts encode their documents too."""
-    steps: int = 150
+    steps: int = 300
     """Optimizer steps of an expert at most; one that stops improving on dev stops earlier. 0: the shared delta alone."""
+    epochs: float = 3.0
+    """Passes of an expert over its queries at most: a small domain is soon learned by heart."""
     shared_steps: int = 150
     """Optimizer steps of the shared delta for each domain at most."""
     batch_size: int = 32
     """Queries per step, all of one domain."""
-    learning_rate: float = 5e-4
-    """Peak of a cosine schedule with a short linear warm-up (AdamW)."""
+    learning_rate: float = 2e-3
+    """Peak of a cosine schedule with a short linear warm-up (AdamW, gradients clipped)."""
     warmup: float = 0.1
     """Share of the steps spent warming up."""
     weight_decay: float = 0.0
@@ -94,6 +96,7 @@ class TrainConfig:
         )
         for name in ("shared_steps", "batch_size", "evaluate_every", "patience", "dev_queries"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.epochs > 0, f"epochs must be above 0, got {self.epochs}")
         require(self.steps >= 0, f"steps must not be negative, got {self.steps}")
         require(self.hard_negatives >= 0, f"hard_negatives must not be negative, got {self.hard_negatives}")
         require(self.learning_rate > 0, f"learning_rate must be above 0, got {self.learning_rate}")

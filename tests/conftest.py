@@ -157,6 +157,7 @@ def train_config() -> moeret.TrainConfig:
     """A few seconds of training."""
     return moeret.TrainConfig(
         steps=150,
+        epochs=1000,
         batch_size=16,
         learning_rate=0.02,
         evaluate_every=20,

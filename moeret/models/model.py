@@ -7,6 +7,7 @@ vectors, from which routers are refitted and new experts get negatives without t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from moeret import artifact
 from moeret.errors import ArtifactError, ConfigError
 from moeret.models import experts
 from moeret.models.embed import Embedder
+from moeret.models.familiarity import Familiarity
 from moeret.models.pretrained import Base, find_base, load_base
 from moeret.models.router import Router
 from moeret.progress import progress_bar
@@ -165,18 +167,17 @@ class Model:
         check_texts(queries)
         router = self._router()
         read = self.embedder.readings(self.with_prompt(queries, "query"), reads=router.reads)
-        return self.routes(router.probabilities(read), router)
+        return self.routes(read, router)
 
-    def routes(self, probabilities: Float[np.ndarray, "Q E"], router: Router) -> list[Route]:
-        """The routes that a router of this model makes of probabilities."""
-        numbers, weights, abstained = router.choose(probabilities)
+    def routes(self, read: Float[np.ndarray, "Q D"], router: Router) -> list[Route]:
+        """The routes that a router of this model makes of what it reads of queries."""
         return [
             Route(
                 probabilities=dict(zip(self.experts, map(float, row), strict=True)),
                 experts={self.experts[e - 1]: float(w) for e, w in zip(own, share, strict=True) if w > 0},
                 abstained=bool(gone),
             )
-            for row, own, share, gone in zip(probabilities, numbers, weights, abstained, strict=True)
+            for row, own, share, gone in zip(*router.choose(read), strict=True)
         ]
 
     def _router(self) -> Router:
@@ -254,7 +255,10 @@ def read_routers(published: artifact.Artifact) -> dict[str, Router]:
     """The routers for queries and documents."""
     meta = published.meta["router"]
     tensors = load_file(published.path(meta["file"]))
-    return {
-        side: Router(weights=tensors[f"{side}.weights"], bias=tensors[f"{side}.bias"], **meta[side])
-        for side in ("query", "document")
-    }
+    return {side: _router(tensors, side, dict(meta[side])) for side in ("query", "document")}
+
+
+def _router(tensors: dict[str, np.ndarray], side: str, rules: dict[str, Any]) -> Router:
+    limit = rules.pop("familiarity")
+    familiarity = Familiarity(*(tensors[f"{side}.familiarity.{name}"] for name in ("center", "spread", "known")), limit)
+    return Router(weights=tensors[f"{side}.weights"], bias=tensors[f"{side}.bias"], familiarity=familiarity, **rules)

@@ -9,10 +9,12 @@ calibrated on dev, makes either's scores probabilities (temperature scaling, arX
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from moeret.models.familiarity import Familiarity
 
 CENTROID_SCALE = 20.0
 """Sharpness of centroid probabilities before any calibration."""
@@ -28,12 +30,22 @@ def half(readings: Float[np.ndarray, "Q D2"], reads: Reads) -> Float[np.ndarray,
     return readings[:, :width] if reads == "trunk" else readings[:, width:]
 
 
+class Choice(NamedTuple):
+    """What a router makes of queries: experts counted from 1, best first, and their weights, 0 where one is not used."""
+
+    probabilities: Float[np.ndarray, "Q E"]
+    experts: Int[np.ndarray, "Q S"]
+    weights: Float[np.ndarray, "Q S"]
+    abstained: Bool[np.ndarray, "Q"]
+
+
 @dataclass(frozen=True, slots=True)
 class Router:
     """Linear scores over experts 1..E, and the rules that turn probabilities into a choice.
 
     A query keeps at most `slots` experts with a probability of at least `minimum` (the best one always), their weights
-    scaled to sum to 1; below `threshold` for the best one, the router abstains to the base.
+    scaled to sum to 1. The router abstains to the base below `threshold` for the best one, and for a query that is not
+    familiar.
     """
 
     kind: str
@@ -43,30 +55,32 @@ class Router:
     slots: int = 4
     minimum: float = 0.1
     threshold: float = 0.0
+    familiarity: Familiarity | None = None
 
     def probabilities(self, vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q E"]:
         """A probability per expert from what the router reads; each row sums to 1."""
         return softmax(vectors @ self.weights + self.bias)
 
-    def choose(
-        self, probabilities: Float[np.ndarray, "Q E"]
-    ) -> tuple[Int[np.ndarray, "Q S"], Float[np.ndarray, "Q S"], Bool[np.ndarray, "Q"]]:
-        """(experts counted from 1, best first; their weights; who abstained). Unused slots have weight 0."""
+    def choose(self, read: Float[np.ndarray, "Q D"]) -> Choice:
+        """Which experts each query uses, from what the router reads of it."""
+        probabilities = self.probabilities(read)
         slots = min(self.slots, probabilities.shape[1])
         experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :slots]
         best = np.take_along_axis(probabilities, experts, axis=1)
         kept = best >= self.minimum
         kept[:, 0] = True
         abstained = best[:, 0] < self.threshold
+        if self.familiarity is not None:
+            abstained |= ~self.familiarity.holds(read)
         weights = np.where(kept & ~abstained[:, None], best, 0.0)
         total = weights.sum(axis=1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-        return experts + 1, weights.astype(np.float32), abstained
+        return Choice(probabilities, experts + 1, weights.astype(np.float32), abstained)
 
-    def weights_of(self, vectors: Float[np.ndarray, "Q D"]) -> tuple[Int[np.ndarray, "Q S"], Float[np.ndarray, "Q S"]]:
-        """Each query's experts and their weights, from what the router reads; all weights 0 where it abstains."""
-        experts, weights, _ = self.choose(self.probabilities(vectors))
-        return experts, weights
+    def weights_of(self, read: Float[np.ndarray, "Q D"]) -> tuple[Int[np.ndarray, "Q S"], Float[np.ndarray, "Q S"]]:
+        """Each query's experts and their weights; all weights 0 where the router abstains."""
+        choice = self.choose(read)
+        return choice.experts, choice.weights
 
     def scaled(self, scale: float) -> "Router":
         """The same router with sharper (above 1) or softer probabilities."""

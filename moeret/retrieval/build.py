@@ -164,9 +164,7 @@ def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vec
     """Adds the documents without a domain to the experts that the router gives them to, the unsure ones to the base."""
     by_expert: dict[str, list[Document]] = {}
     base = vectors.of([document for _, document in loose], BASE_EXPERT)
-    numbers, weights, _ = (
-        model.document_router.choose(model.document_router.probabilities(base)) if loose else ([], [], [])
-    )
+    numbers, weights = model.document_router.weights_of(base) if loose else ([], [])
     names = (BASE_EXPERT, *model.experts)
     chosen = [
         names[number] if weight > 0 else BASE_EXPERT for (number,), (weight,) in zip(numbers, weights, strict=True)

@@ -35,8 +35,17 @@ class _Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Rankings:
+    """What a batch of queries found, as each one's (rows, scores), best first; which indexes it searched, and its route."""
+
+    ranked: list[tuple[np.ndarray, np.ndarray]]
+    indexes: list[tuple[str, ...]]
+    routes: list[Route]
+
+
+@dataclass(frozen=True, slots=True)
 class Searched:
-    """What a batch of queries touched: which experts' indexes each one searched, and its route."""
+    """What a batch of queries found, and touched: which experts' indexes each one searched, and its route."""
 
     hits: list[list[Hit]]
     indexes: list[tuple[str, ...]]
@@ -127,9 +136,22 @@ class Retriever:
         fusion: Fusion | None = None,
     ) -> Searched:
         """As search_batch, and says what was touched."""
+        found = self.rank(queries, k, route=route, experts=experts, fusion=fusion)
+        return Searched(self._hits(found.ranked), found.indexes, found.routes)
+
+    def rank(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        route: str = "auto",
+        experts: int | None = None,
+        fusion: Fusion | None = None,
+    ) -> Rankings:
+        """As search_detailed, in rows; nothing is fetched."""
         self._check(queries, k, route, experts, fusion)
         if not queries:
-            return Searched([], [], [])
+            return Rankings([], [], [])
         plan = self._plan(self.model.with_prompt(queries, "query"), route, experts)
         rankings: list[list[Ranking]] = [[] for _ in queries]
         for name, segments in self._segments.items():
@@ -145,11 +167,11 @@ class Retriever:
         searched = [
             tuple(name for name in self._segments if plan.weights[name][row] > 0) for row in range(len(queries))
         ]
-        return Searched(self.hits(fused), searched, plan.routes)
+        return Rankings(fused, searched, plan.routes)
 
-    def hits(self, ranked: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[list[Hit]]:
+    def _hits(self, ranked: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[list[Hit]]:
         """Each query's (rows, scores) as hits with their documents."""
-        documents = self.documents(np.concatenate([rows for rows, _ in ranked]))
+        documents = self._documents.fetch(np.concatenate([rows for rows, _ in ranked])) if ranked else {}
         return [
             [
                 self._hit(rank, int(row), score, documents[row])
@@ -159,12 +181,16 @@ class Retriever:
         ]
 
     def _hit(self, rank: int, row: int, score: float, document: Document) -> Hit:
-        holder = self._names[int(np.searchsorted(self._starts, row, side="right")) - 1]
-        return Hit(document.id, float(score), rank, holder, document.title, document.text)
+        return Hit(document.id, float(score), rank, self._holder(row), document.title, document.text)
 
-    def documents(self, rows: Sequence[int] | np.ndarray) -> dict[int, Document]:
-        """The documents of these rows; an index's rows are 0, 1, 2, ... up to the sum of `sizes`."""
-        return self._documents.fetch(rows)
+    def _holder(self, row: int) -> str:
+        """Whose index has the row."""
+        return self._names[int(np.searchsorted(self._starts, row, side="right")) - 1]
+
+    def held(self) -> list[tuple[str, Document]]:
+        """Every row's expert and document."""
+        documents = self._documents.fetch(range(sum(self.sizes.values())))
+        return [(self._holder(row), documents[row]) for row in range(len(documents))]
 
     def vectors(self) -> Float[np.ndarray, "N D"]:
         """Every document's vector, by row."""
@@ -185,7 +211,7 @@ class Retriever:
         router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
 
         read, merged = model.embedder.routed(texts, router.reads, router.weights_of)
-        routes = model.routes(router.probabilities(read), router)
+        routes = model.routes(read, router)
         if route == "all":
             weights = everywhere
         else:

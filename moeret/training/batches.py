@@ -34,9 +34,10 @@ class TrainingSet:
 
 
 class Batches:
-    """The batches of every step, on the devices of a mesh. `static` and `frozen` are what all steps share.
+    """The batches of every step, on the devices of a mesh.
 
-    For a `shared` delta all domains train one expert, a domain a step, in rounds that shuffle their order.
+    `static` and `frozen` are what all steps share, `limits` each expert's last step. For a `shared` delta all domains train
+    one expert, a domain a step, in rounds that shuffle their order.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Batches:
         dtype = jnp.dtype(config.precision)
         columns = None if document_ids else Pool(pool.astype(dtype), np.ascontiguousarray(pool.T).astype(dtype))
         self.frozen = replicate(mesh, Frozen(cast_kernels(params, dtype), columns))
+        self.limits = np.array([config.steps]) if shared else _limits(sets, config)
         self._sets, self._config, self._document_ids, self._shared = sets, config, document_ids, shared
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
         names = [own.name for own in sets]
@@ -122,6 +124,12 @@ class Batches:
 
 _MINED = 16
 """Depth of the mined list that hard negatives are drawn from."""
+
+
+def _limits(sets: Sequence[TrainingSet], config: TrainConfig) -> Int[np.ndarray, "E"]:
+    """How many steps each expert trains at most."""
+    passes = [int(np.ceil(config.epochs * len(own.queries) / config.batch_size)) for own in sets]
+    return np.minimum(config.steps, passes)
 
 
 def _padded(positives: list[np.ndarray], width: int) -> Int[np.ndarray, "Q P"]:

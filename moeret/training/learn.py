@@ -44,7 +44,7 @@ def learn_shared(
     batches = Batches(base.graph, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
     before = mean_over_domains(list(tower.base()))
     work.mkdir(parents=True, exist_ok=True)
-    fitted = fit(bank, batches, tower.evaluate_shared, before, own, work, show_progress_bar=show_progress_bar)
+    fitted = fit(bank, batches, tower.evaluate_shared, own, work, show_progress_bar=show_progress_bar)
     strengths = choose_strengths(
         fitted.bank, None, lambda scaled, _: tower.evaluate_shared(scaled, np.ones(1, bool)), before
     )
@@ -86,7 +86,7 @@ def learn(
     def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
         return tower.evaluate(bank, active, beneath)
 
-    fitted = fit(bank, batches, look, before, config, work, show_progress_bar=show_progress_bar)
+    fitted = fit(bank, batches, look, config, work, show_progress_bar=show_progress_bar)
     strengths = choose_strengths(fitted.bank, shared, lambda bank, under: tower.evaluate(bank, every, under), before)
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
     if shared is not None:

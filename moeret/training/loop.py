@@ -19,37 +19,31 @@ from moeret.progress import progress_bar
 from moeret.training.batches import Batches
 from moeret.training.checkpoint import Checkpoints
 from moeret.training.mesh import replicate
-from moeret.training.step import TrainState, add_batch, make_optimizer, update, zero_totals
+from moeret.training.step import TrainState, add_batch, learning_rates, make_optimizer, update, zero_totals
 
 Evaluate = Callable[[Bank, Bool[np.ndarray, "E"]], Float[np.ndarray, "E 3"]]
 """Dev nDCG@10 of each active expert of a bank (without the base), over all, seen and unseen queries."""
-
-
-def harmless(scores: Float[np.ndarray, "E 3"], base: Float[np.ndarray, "E 3"]) -> Bool[np.ndarray, "E"]:
-    """Which experts are at least as good as the base on seen and on unseen dev queries, where there are enough of them."""
-    return ~(scores[:, 1:] < base[:, 1:]).any(axis=1)
 
 
 @dataclass(slots=True)
 class Progress:
     """How every expert is doing on dev: the choice of its checkpoint, and when it stops."""
 
-    base: np.ndarray
     best: np.ndarray
     best_step: np.ndarray
     stale: np.ndarray
     active: np.ndarray
 
     @classmethod
-    def start(cls, base: Float[np.ndarray, "E 3"]) -> "Progress":
+    def start(cls, experts: int) -> "Progress":
         """Nothing looked at yet."""
-        zeros = np.zeros(len(base), np.int32)
-        return cls(base, np.full(len(base), -1.0, np.float32), zeros, zeros.copy(), np.ones(len(base), bool))
+        zeros = np.zeros(experts, np.int32)
+        return cls(np.full(experts, -1.0, np.float32), zeros, zeros.copy(), np.ones(experts, bool))
 
-    def look(self, step: int, scores: Float[np.ndarray, "E 3"], patience: int) -> Bool[np.ndarray, "E"]:
-        """Notes a look at dev, and returns which experts are better than ever, and harmless."""
-        better = self.active & (scores[:, 0] > self.best) & harmless(scores, self.base)
-        self.best = np.where(better, scores[:, 0], self.best).astype(np.float32)
+    def look(self, step: int, scores: Float[np.ndarray, "E"], patience: int) -> Bool[np.ndarray, "E"]:
+        """Notes a look at dev, and returns which experts are better than ever."""
+        better = self.active & (scores > self.best)
+        self.best = np.where(better, scores, self.best).astype(np.float32)
         self.best_step = np.where(better, step, self.best_step).astype(np.int32)
         self.stale = np.where(better, 0, self.stale + self.active).astype(np.int32)
         self.active = self.active & (self.stale < patience)
@@ -91,7 +85,6 @@ def fit(
     bank: Bank,
     batches: Batches,
     evaluate: Evaluate,
-    base: Float[np.ndarray, "E 3"],
     config: TrainConfig,
     work: Path,
     *,
@@ -99,7 +92,6 @@ def fit(
 ) -> Fitted:
     """Trains all experts of `bank` (without the base) until their steps are done or dev stops improving.
 
-    `base` is what the base scores where `evaluate` scores an expert; a step at which an expert is worse is not chosen.
     Progress lives in `work`: a run that was cut off goes on from its newest checkpoint, and ends with the parameters that
     an undisturbed run has, because a step depends only on its number.
     """
@@ -108,7 +100,7 @@ def fit(
     optimizer = make_optimizer(config)
     state = TrainState(bank, optimizer.init(bank))
     state, best_bank = replicate(batches.mesh, (state, jax.tree.map(jnp.copy, bank)))
-    progress, log = Progress.start(base), MetricsLog(work / "metrics.jsonl")
+    progress, log = Progress.start(len(names)), MetricsLog(work / "metrics.jsonl")
     with Checkpoints(work / "checkpoints") as checkpoints:
         saved = checkpoints.restore(_tree(state, best_bank, progress))
         step = 0
@@ -122,7 +114,7 @@ def fit(
         def look(step: int) -> None:
             nonlocal best_bank
             looked, scores = progress.active, evaluate(state.bank, progress.active)
-            better = progress.look(step, scores, config.patience)
+            better = progress.look(step, scores[:, 0], config.patience)
             best_bank = _choose(jnp.asarray(better), state.bank, best_bank)
             groups = zip(("dev", "seen", "unseen"), scores.T, strict=True)
             log.write(step=step, **{group: _named(names, values, looked) for group, values in groups})
@@ -131,13 +123,17 @@ def fit(
             look(0)
 
         # ---- Steps
-        with progress_bar("Training", config.steps, shown=show_progress_bar, unit="steps", start=step) as advance:
-            while step < config.steps and progress.active.any():
+        limits = batches.limits
+        last = int(limits.max(initial=0))
+        progress.active = progress.active & (limits > step)
+        with progress_bar("Training", last, shown=show_progress_bar, unit="steps", start=step) as advance:
+            while progress.active.any():
                 started, active = time.monotonic(), progress.active.copy()
                 totals = replicate(batches.mesh, zero_totals(state.bank))
                 for expert, batch in batches.step(step, active):
                     totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
-                state = update(optimizer, state, totals.gradients, jnp.asarray(active))
+                rates = np.where(active, learning_rates(config, limits, step), np.float32(0))
+                state = update(optimizer, state, totals.gradients, jnp.asarray(rates))
                 losses = np.asarray(totals.losses)
                 step += 1
                 seconds = time.monotonic() - started
@@ -152,10 +148,11 @@ def fit(
                     np.isfinite(mean),
                     f"the loss is not finite at step {step}; lower --learning-rate and give another --out",
                 )
-                if step % config.evaluate_every == 0 or step == config.steps:
+                if step % config.evaluate_every == 0 or (limits[active] == step).any():
                     look(step)
+                    progress.active = progress.active & (limits > step)
                     checkpoints.save(step, _tree(state, best_bank, progress))
-                dev = float(np.maximum(progress.best, progress.base[:, 0]).mean())
+                dev = float(progress.best.mean())
                 advance(1, f"loss {mean:.3f}, {rate:.0f} pairs/s, dev {dev:.3f}")
     return Fitted(jax.device_get(best_bank), progress.best_step)
 

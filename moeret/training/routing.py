@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moeret import metrics
 from moeret.data.beir import Judged
 from moeret.models.embed import Embedder
+from moeret.models.familiarity import balanced_moments, fit_familiarity
 from moeret.models.router import Reads, Router, centroid_router, half
 
 MINIMA = (0.01, 0.03, 0.1, 0.3)
@@ -26,6 +27,9 @@ THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Least best probabilities tried, below which the router abstains."""
 CAUTION = 0.001
 """Dev nDCG@10 that may be given up for abstaining more often: dev has no queries of unknown domains, users do."""
+UNFAMILIAR_QUERIES, UNFAMILIAR_DOCUMENTS = 0.02, 0.1
+"""Share of dev, or of held-out documents, that may count as of no known domain. Among the base's own documents, which
+every query searches, a document is well placed."""
 _STEPS, _L2 = 200, 1e-5
 _UNSEARCHED = -2.0  # below any cosine
 
@@ -52,8 +56,8 @@ def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]], reads: Reads) -> Ro
 
     L-BFGS on the whole set (optax) with a small L2 penalty, on features scaled to mean 0 and variance 1 / D.
     """
-    center = np.mean([own.mean(axis=0) for own in vectors], axis=0)
-    spread = np.sqrt(np.mean([((own - center) ** 2).mean(axis=0) for own in vectors], axis=0) * len(center)) + 1e-6
+    center, spread = balanced_moments(vectors)
+    spread = spread * np.float32(np.sqrt(len(center)))
     features = jnp.asarray((np.concatenate(vectors) - center) / spread)
     labels = jnp.asarray(np.repeat(np.arange(len(vectors)), [len(own) for own in vectors]))
     balance = jnp.asarray(
@@ -130,7 +134,16 @@ def choose_query_router(
         candidates.append((score, router))
     best = max(candidates, key=lambda candidate: candidate[0])[1]
     report["chosen"] = best.kind
-    return best, report
+    return _with_familiarity(best, *([half(own, best.reads) for own in part] for part in (train, dev))), report
+
+
+def _with_familiarity(
+    router: Router,
+    train: Sequence[Float[np.ndarray, "_ D"]],
+    held: Sequence[Float[np.ndarray, "_ D"]],
+    share: float = UNFAMILIAR_QUERIES,
+) -> Router:
+    return replace(router, familiarity=fit_familiarity(train, held, share))
 
 
 def choose_document_router(
@@ -139,7 +152,7 @@ def choose_document_router(
     """The router that places documents: one expert each, the kind that is right more often on held-out documents."""
     routers = [calibrate(fitted, dev) for fitted in (centroid_router(train), fit_learned(train, "base"))]
     best = max(routers, key=lambda router: quality(router, dev)["accuracy"])
-    return replace(_cautious_by_share(best, dev), slots=1)
+    return replace(_with_familiarity(_cautious_by_share(best, dev), train, dev, UNFAMILIAR_DOCUMENTS), slots=1)
 
 
 def _cautious_by_share(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]], share: float = 0.01) -> Router:
@@ -178,8 +191,7 @@ class DevSearch:
 
     def _routed(self, router: Router, own: DevSet) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
         """Of each dev query of a domain: its best probability, and nDCG@10 if it does not abstain."""
-        probabilities = router.probabilities(half(own.readings, router.reads))
-        experts, weights, _ = router.choose(probabilities)
+        probabilities, experts, weights, _ = router.choose(half(own.readings, router.reads))
         vectors = self.embedder.mixed(own.texts, experts, weights)
         owner = np.zeros(len(self.pool), np.int32)
         for expert, other in enumerate(self.dev, start=1):

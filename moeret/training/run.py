@@ -271,15 +271,12 @@ def _document_router(profiles: Sequence[Profile]) -> Router:
 
 
 def _write_routers(draft: Draft, query: Router, document: Router, report: dict[str, Any]) -> dict[str, Any]:
-    routers = {"query": query, "document": document}
-    tensors = {
-        f"{side}.{name}": np.ascontiguousarray(getattr(router, name))
-        for side, router in routers.items()
-        for name in ("weights", "bias")
-    }
-    rules = {
-        side: {name: getattr(router, name) for name in ("kind", "reads", "slots", "minimum", "threshold")}
-        for side, router in routers.items()
-    }
+    tensors, rules = {}, {}
+    for side, router in (("query", query), ("document", document)):
+        own = {name: getattr(router, name) for name in ("weights", "bias")}
+        own |= {f"familiarity.{name}": getattr(router.familiarity, name) for name in ("center", "spread", "known")}
+        tensors |= {f"{side}.{name}": np.ascontiguousarray(tensor) for name, tensor in own.items()}
+        rules[side] = {name: getattr(router, name) for name in ("kind", "reads", "slots", "minimum", "threshold")}
+        rules[side]["familiarity"] = router.familiarity.limit
     file = draft.add("router.safetensors", lambda path: save_file(tensors, path))
     return {"file": file, **rules, "report": report}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -19,7 +20,6 @@ from moeret.config import TrainConfig
 from moeret.models.encoder import unit
 from moeret.models.experts import Bank
 from moeret.training.losses import Pool, decoupled_softmax, pooled_decoupled_softmax
-
 
 MAX_NORM = 1.0
 """Of an expert's gradient, over all its matrices."""
@@ -71,15 +71,16 @@ class Totals(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up and a cosine decay to zero; elementwise, so experts never mix."""
-    decay = max(2, config.steps)
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(max(1, round(config.warmup * config.steps)), decay - 1),
-        decay_steps=decay,
-    )
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+    """AdamW before its rate; elementwise, so experts never mix."""
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay))
+
+
+def learning_rates(config: TrainConfig, limits: Int[np.ndarray, "E"], step: int) -> Float[np.ndarray, "E"]:
+    """Each expert's rate in a step (counted from 0): a linear warm-up, then a cosine that ends in zero at its limit."""
+    warm = np.maximum(1, np.round(config.warmup * limits))
+    falling = 0.5 + 0.5 * np.cos(np.pi * (step - warm) / np.maximum(1, limits - warm))
+    share = np.where(step < warm, (step + 1) / warm, falling)
+    return (config.learning_rate * np.where(step < limits, share, 0)).astype(np.float32)
 
 
 def zero_totals(bank: Bank) -> Totals:
@@ -126,13 +127,13 @@ def add_batch(
 
 @jax.jit(static_argnames=("optimizer",), donate_argnames=("state",))
 def update(
-    optimizer: optax.GradientTransformation, state: TrainState, gradients: Bank, active: Bool[Array, "E"]
+    optimizer: optax.GradientTransformation, state: TrainState, gradients: Bank, rates: Float[Array, "E"]
 ) -> TrainState:
-    """One optimizer step of clipped gradients; experts that have stopped keep their weights."""
+    """One optimizer step of clipped gradients, each expert at its own rate; 0 leaves its weights as they are."""
     norms = jnp.sqrt(sum((leaf**2).sum(axis=(1, 2)) for leaf in jax.tree.leaves(gradients)))
     clip = (MAX_NORM / jnp.maximum(norms, MAX_NORM))[:, None, None]
     clipped = jax.tree.map(lambda leaf: leaf * clip, gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax's bias correction raises a float to an integer count
         updates, opt_state = optimizer.update(clipped, state.opt_state, state.bank)
-    updates = jax.tree.map(lambda leaf: jnp.where(active[:, None, None], leaf, 0.0), updates)
+    updates = jax.tree.map(lambda leaf: -rates[:, None, None] * leaf, updates)
     return TrainState(optax.apply_updates(state.bank, updates), opt_state)

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from moeret.models.experts import Bank, Shared, scaled
-from moeret.training.loop import harmless
 
 OWN = (0.0, 0.5, 0.75, 1.0)
 """Strengths tried for an expert's own delta."""
@@ -47,3 +46,8 @@ def choose_strengths(bank: Bank, shared: Bank | None, score: Score, base: Float[
                 np.where(better[:, None], found, best.dev),
             )
     return best
+
+
+def harmless(scores: Float[np.ndarray, "E 3"], base: Float[np.ndarray, "E 3"]) -> Bool[np.ndarray, "E"]:
+    """Which experts are at least as good as the base on seen and on unseen dev queries, where there are enough of them."""
+    return ~(scores[:, 1:] < base[:, 1:]).any(axis=1)

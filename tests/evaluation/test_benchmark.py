@@ -11,8 +11,9 @@ from conftest import write_domain, write_jsonl
 import moeret
 from moeret import Retriever, metrics
 from moeret.data.beir import Judged, read_domain
-from moeret.evaluation.benchmark import TestSet, read_test_sets, score
 from moeret.evaluation.tables import report_tables
+from moeret.evaluation.testsets import Result, TestSet, read_test_sets
+from moeret.evaluation.testsets import score as score_sets
 from moeret.types import Document, Hit
 
 NDCG, RECALL = metrics.NDCG, metrics.RECALL
@@ -44,11 +45,18 @@ def write_folder(folder: Path, corpus: dict[str, str], queries: dict[str, str], 
     return folder
 
 
-def test_set(documents: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> TestSet:
-    return TestSet("law", Judged(queries, qrels), {id: Document(id, text) for id, text in documents.items()})
+def law(documents: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> TestSet:
+    return TestSet("law", Judged(queries, qrels), {id: Document(id, text) for id, text in documents.items()}, [])
 
 
-test_set.__test__ = False
+def score(test: TestSet, hits: list[list[Hit]]) -> tuple[dict, dict]:
+    """(values, run) of hits in an index that holds nothing else."""
+    held = [(hit.expert, Document(hit.id, hit.text, hit.title)) for own in hits for hit in own]
+    rows = iter(range(len(held)))
+    ranked = [(np.array([next(rows) for _ in own], int), np.array([hit.score for hit in own])) for own in hits]
+    test = TestSet.of(test.name, test.judged, test.documents, held)
+    result: Result = score_sets([test], {test.name: ranked})
+    return result.values[test.name], result.runs[test.name]
 
 
 def hits_of(*hits: tuple[str, str, str]) -> list[Hit]:
@@ -125,34 +133,34 @@ def test_router_accuracy_is_the_share_whose_most_probable_expert_is_their_domain
 
 def test_a_query_that_is_its_own_document_does_not_find_itself():
     documents = {"q1": "Apple  Pear", "d": "plum"}
-    test = test_set(documents, {"q1": "apple pear"}, {"q1": {"d": 1}})
+    test = law(documents, {"q1": "apple pear"}, {"q1": {"d": 1}})
     values, run = score(test, [hits_of(("law", "q1", "Apple  Pear"), ("law", "d", "plum"))])
     assert run == {"q1": {"d": pytest.approx(0.8)}}
     assert values[NDCG] == {"q1": 1.0}
 
 
 def test_a_query_that_is_its_own_documents_title_and_text_does_not_find_itself():
-    test = TestSet("law", Judged({"q1": "apple pear"}, {"q1": {"d": 1}}), {"q1": Document("q1", "pear", "apple")})
+    test = TestSet("law", Judged({"q1": "apple pear"}, {"q1": {"d": 1}}), {"q1": Document("q1", "pear", "apple")}, [])
     _, run = score(test, [[Hit("q1", 0.9, 1, "law", "apple", "pear")]])
     assert run == {"q1": {}}
 
 
 def test_a_document_that_shares_a_querys_id_by_accident_is_kept():
-    test = test_set({"7": "plum", "8": "fig"}, {"7": "which fruit is blue"}, {"7": {"7": 1}})
+    test = law({"7": "plum", "8": "fig"}, {"7": "which fruit is blue"}, {"7": {"7": 1}})
     values, run = score(test, [hits_of(("law", "7", "plum"), ("law", "8", "fig"))])
     assert list(run["7"]) == ["7", "8"]
     assert values[NDCG] == {"7": 1.0}
 
 
 def test_another_domains_document_of_the_same_id_is_another_document():
-    test = test_set({"d0": "apple"}, {"q": "apple"}, {"q": {"d0": 1}})
+    test = law({"d0": "apple"}, {"q": "apple"}, {"q": {"d0": 1}})
     values, run = score(test, [hits_of(("jobs", "d0", "baker"), ("law", "d0", "apple"))])
     assert list(run["q"]) == ["jobs/d0", "d0"]
     assert 0 < values[NDCG]["q"] < 1
 
 
 def test_a_document_named_like_another_domains_is_not_taken_for_it():
-    test = test_set({"jobs/d0": "apple"}, {"q": "apple"}, {"q": {"jobs/d0": 1}})
+    test = law({"jobs/d0": "apple"}, {"q": "apple"}, {"q": {"jobs/d0": 1}})
     for hits in (
         hits_of(("law", "jobs/d0", "apple"), ("jobs", "d0", "baker")),
         hits_of(("jobs", "d0", "baker"), ("law", "jobs/d0", "apple")),
@@ -163,14 +171,14 @@ def test_a_document_named_like_another_domains_is_not_taken_for_it():
 
 
 def test_a_document_found_in_another_experts_index_counts_as_found():
-    test = test_set({"d": "apple"}, {"q": "apple"}, {"q": {"d": 1}})
+    test = law({"d": "apple"}, {"q": "apple"}, {"q": {"d": 1}})
     values, _ = score(test, [hits_of(("base", "d", "apple"))])
     assert values[NDCG] == {"q": 1.0}
 
 
 def test_at_most_a_hundred_hits_count_after_the_query_itself_is_dropped():
     documents = {"q": "apple", **{f"d{n}": f"text {n}" for n in range(101)}}
-    test = test_set(documents, {"q": "apple"}, {"q": {"d99": 1, "d100": 1}})
+    test = law(documents, {"q": "apple"}, {"q": {"d99": 1, "d100": 1}})
     hits = [Hit(id, -float(rank), rank, "law", "", text) for rank, (id, text) in enumerate(documents.items(), 1)]
     values, run = score(test, [hits])
     assert list(run["q"]) == [f"d{n}" for n in range(100)]
@@ -179,7 +187,7 @@ def test_at_most_a_hundred_hits_count_after_the_query_itself_is_dropped():
 
 @pytest.mark.parametrize("relevant", ["a", "b", "c"])
 def test_equal_scores_count_in_the_order_of_the_hits_as_they_do_from_a_file(tmp_path, relevant):
-    test = test_set(dict.fromkeys("abc", "x"), {"q": "apple"}, {"q": {relevant: 1}})
+    test = law(dict.fromkeys("abc", "x"), {"q": "apple"}, {"q": {relevant: 1}})
     values, run = score(test, [[Hit(id, 0.5, rank, "law", "", "x") for rank, id in enumerate("abc", 1)]])
     assert values[NDCG]["q"] == pytest.approx(1 / np.log2(2 + "abc".index(relevant)))
     metrics.write_run(tmp_path / "run.trec", run)

@@ -41,7 +41,7 @@ def place_by_router(monkeypatch, threshold: float) -> None:
 
     def altered(path):
         model = load(path)
-        model.document_router = dataclasses.replace(model.document_router, threshold=threshold)
+        model.document_router = dataclasses.replace(model.document_router, threshold=threshold, familiarity=None)
         return model
 
     monkeypatch.setattr(build.Model, "load", altered)
@@ -50,13 +50,9 @@ def place_by_router(monkeypatch, threshold: float) -> None:
 def held(index: Path) -> dict[str, set[Document]]:
     """Expert -> the documents in its index."""
     retriever = moeret.Retriever.load(index)
-    starts = np.cumsum([0, *retriever.sizes.values()])
-    documents = retriever.documents(range(starts[-1]))
+    rows = retriever.held()
     retriever.close()
-    return {
-        name: {documents[row] for row in range(start, start + retriever.sizes[name])}
-        for name, start in zip(retriever.sizes, starts, strict=False)
-    }
+    return {name: {document for expert, document in rows if expert == name} for name in retriever.sizes}
 
 
 def loose_corpus(path: Path, *, ids: str = "loose") -> list[dict]:
@@ -85,8 +81,8 @@ def test_a_finished_index_keeps_no_work_files(index_folder):
 
 def test_vectors_are_the_documents_base_embeddings_by_row(index_folder, trained):
     retriever = moeret.Retriever.load(index_folder)
-    documents = retriever.documents(range(24))
-    vectors = trained.encode_document([documents[row].contents for row in range(24)], normalize_embeddings=True)
+    contents = [document.contents for _, document in retriever.held()]
+    vectors = trained.encode_document(contents, normalize_embeddings=True)
     np.testing.assert_allclose(retriever.vectors(), vectors, atol=1e-5)
     retriever.close()
 

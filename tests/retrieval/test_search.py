@@ -191,13 +191,11 @@ def test_graphs_find_what_exact_search_finds(retriever, graphs):
 
 def expected_hits(retriever, query_vector, names, k):
     """(score, expert, id) of the best k documents of these indexes by brute force."""
-    vectors, documents = retriever.vectors(), retriever.documents(range(24))
-    start, found = 0, []
-    for name, size in retriever.sizes.items():
-        if name in names:
-            rows = range(start, start + size)
-            found += [(float(vectors[row] @ query_vector), name, documents[row].id) for row in rows]
-        start += size
+    found = [
+        (float(vector @ query_vector), name, document.id)
+        for vector, (name, document) in zip(retriever.vectors(), retriever.held(), strict=True)
+        if name in names
+    ]
     return sorted(found, key=lambda hit: -hit[0])[:k]
 
 
@@ -231,7 +229,8 @@ def test_an_unknown_route_is_refused_with_the_known_ones(retriever):
 
 def test_experts_limits_how_many_a_query_uses(index_folder):
     loaded = Retriever.load(index_folder)
-    loaded.model.query_router = dataclasses.replace(loaded.model.query_router, minimum=0.0, threshold=0.0)
+    router = dataclasses.replace(loaded.model.query_router, minimum=0.0, threshold=0.0, familiarity=None)
+    loaded.model.query_router = router
     for experts in (1, 2, 99):
         searched = loaded.search_detailed(QUERIES, 5, experts=experts)
         assert {len(route.experts) for route in searched.routes} == {min(experts, 2)}
@@ -361,9 +360,8 @@ def test_experts_with_their_own_documents_are_searched_and_fused(both, fusion, r
 
 
 def test_experts_with_their_own_documents_encoded_them_themselves(both):
-    documents = both.documents(range(24))
     for start, name in ((0, "fruit"), (12, "metal")):
-        texts = [documents[row].contents for row in range(start, start + 12)]
+        texts = [document.contents for _, document in both.held()[start : start + 12]]
         own = both.model.encode_document(texts, expert=name, normalize_embeddings=True)
         np.testing.assert_allclose(both.vectors()[start : start + 12], own, atol=1e-5)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moeret.models.router import centroid_router
+from moeret.models.router import centroid_router, half
 from moeret.training.calibration import fit_logistic
 from moeret.training.routing import calibrate, choose_document_router, choose_query_router, fit_learned, quality
 
@@ -19,9 +19,9 @@ def clouds(seed: int, counts=(40, 400), spread=0.6) -> list[np.ndarray]:
     return out
 
 
-def readings(seed: int) -> list[np.ndarray]:
+def readings(seed: int, spread: float = 0.6) -> list[np.ndarray]:
     """Both halves alike."""
-    return [np.concatenate([own, own], axis=1) for own in clouds(seed)]
+    return [np.concatenate([own, own], axis=1) for own in clouds(seed, spread=spread)]
 
 
 def test_the_learned_router_separates_what_can_be_separated_whatever_the_domains_sizes():
@@ -49,8 +49,16 @@ def test_the_report_names_the_better_router():
 
 def test_documents_get_one_expert_each():
     router = choose_document_router(clouds(1), clouds(2))
-    _, weights, _ = router.choose(router.probabilities(clouds(4)[0]))
+    weights = router.choose(clouds(4)[0]).weights
     assert weights.shape[1] == 1 and set(np.unique(weights)) <= {0.0, 1.0}
+
+
+def test_a_query_unlike_all_that_was_known_makes_the_router_abstain():
+    train, dev = readings(1, spread=0.15), readings(2, spread=0.15)
+    router, _ = choose_query_router(train, dev)
+    stranger = -np.sum([own.mean(axis=0) for own in train], axis=0, keepdims=True)
+    assert router.choose(half(stranger, router.reads)).abstained.all()
+    assert np.mean([router.choose(half(own, router.reads)).abstained.mean() for own in dev]) < 0.05
 
 
 def test_logistic_calibration_recovers_the_curve_that_made_the_data():

@@ -84,6 +84,8 @@ def test_a_killed_process_goes_on(two_domains, base_folder, train_config, tmp_pa
     command += [
         "--steps",
         "60",
+        "--epochs",
+        "1000",
         "--batch-size",
         "16",
         "--evaluate-every",

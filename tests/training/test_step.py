@@ -13,7 +13,7 @@ from moeret.models.pretrained import load_base
 from moeret.training.batches import Batches
 from moeret.training.mesh import data_mesh, replicate
 from moeret.training.prepare import prepare, read_domains
-from moeret.training.step import TrainState, add_batch, make_optimizer, update, zero_totals
+from moeret.training.step import TrainState, add_batch, learning_rates, make_optimizer, update, zero_totals
 from moeret.training.towers import BothTowers
 
 
@@ -45,7 +45,8 @@ def run_steps(prepared, config, names, devices, steps=3):
         totals = replicate(mesh, zero_totals(state.bank))
         for expert, batch in batches.step(step, active):
             totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
-        state = update(optimizer, state, totals.gradients, jax.numpy.asarray(active))
+        rates = learning_rates(config, batches.limits, step)
+        state = update(optimizer, state, totals.gradients, jax.numpy.asarray(rates))
     return np.asarray(totals.losses), jax.device_get(state.bank)
 
 
@@ -75,12 +76,38 @@ def test_a_stopped_expert_keeps_its_weights(prepared, train_config):
     optimizer = make_optimizer(train_config)
     gradients = jax.tree.map(jax.numpy.ones_like, bank)
     state = TrainState(jax.tree.map(jax.numpy.copy, bank), optimizer.init(bank))
-    for _ in range(2):  # the first step of the warm-up has rate 0
-        state = update(optimizer, state, jax.tree.map(jax.numpy.copy, gradients), jax.numpy.asarray([True, False]))
+    rates = jax.numpy.asarray([0.01, 0.0])
+    state = update(optimizer, state, jax.tree.map(jax.numpy.copy, gradients), rates)
     moved = jax.tree.map(
         lambda new, old: (bool((new[0] != old[0]).all()), bool((new[1] == old[1]).all())), state.bank, bank
     )
     assert all(pair == (True, True) for pair in jax.tree.leaves(moved, is_leaf=lambda leaf: isinstance(leaf, tuple)))
+
+
+def test_every_rate_rises_then_falls_to_zero_at_the_experts_own_limit(train_config):
+    limits = np.array([1, 7, 40, 100])
+    rates = np.stack([learning_rates(train_config, limits, step) for step in range(101)])
+    assert (rates >= 0).all() and rates.max() <= train_config.learning_rate * (1 + 1e-6)
+    for own, limit in zip(rates.T, limits, strict=True):
+        assert own[0] > 0 and not own[limit:].any()
+        peak = own.argmax()
+        assert (np.diff(own[: peak + 1]) >= 0).all() and (np.diff(own[peak : limit + 1]) <= 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_a_long_gradient_counts_as_a_short_one_of_its_direction(prepared, train_config, size):
+    embedder, _ = prepared
+    base = embedder.base_encoder
+    bank = experts.init_bank(base.config, train_config.expert, [jax.random.key(0)])
+    optimizer = make_optimizer(train_config)
+    gradients = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), bank)
+    norm = float(jax.numpy.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradients))))
+    state = TrainState(jax.tree.map(jax.numpy.copy, bank), optimizer.init(bank))
+    state = update(optimizer, state, jax.tree.map(lambda leaf: leaf * size, gradients), jax.numpy.asarray([0.01]))
+    first = jax.tree.leaves(state.opt_state)
+    moments = [leaf for leaf in first if getattr(leaf, "ndim", 0) == 3][: len(jax.tree.leaves(bank))]
+    length = float(jax.numpy.sqrt(sum((leaf**2).sum() for leaf in moments)))
+    np.testing.assert_allclose(length, 0.1 * min(size * norm, 1.0), rtol=1e-4)  # Adam's first moment, after one step
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(prepared, train_config):

@@ -1,0 +1,245 @@
+"""The table, the checks and the picture of experiments.pooled_domains, out of the scores of its seeds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeret.evaluation.significance import paired_randomisation
+from moeret.metrics import NDCG, RECALL
+from scripts.benchmarks import FILE, markdown_table, write_block, write_section
+
+ORDER = (
+    "BM25", "base", "base + BM25", "RouterRetriever's pilots", "multi-task", "routed, all indexes", "one expert", "routed",
+    "known-domain oracle", "best-expert-per-query oracle",
+)  # fmt: skip
+LEAST_QUERIES = 10
+"""Seen or unseen queries of a domain that there must be for their mean to be counted."""
+PICTURE = FILE.parent / "docs" / "pooled-domains.svg"
+
+Values = dict[str, np.ndarray]
+"""Domain -> each query's value, the mean over the seeds."""
+
+
+def write_report(
+    scores: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    foreign: Sequence[str],
+    config: Mapping[str, Any],
+    rate: float,
+    *,
+    out: Path | None,
+) -> None:
+    """Prints the section, and where `out` is given writes it, the README's table and the picture."""
+    table = {label: _values(scores, label, NDCG) for label in ORDER if label in scores[0]["systems"]}
+    recall = {label: _values(scores, label, RECALL) for label in table}
+    seen = {name: np.array(own) for name, own in scores[0]["seen"].items()}
+    parts = [
+        _setup(scores, names, foreign, config, rate),
+        f"{NDCG} x 100 on the test queries, which say nothing of their domain, over one pool of "
+        f"{scores[0]['documents']:,} documents; means over {len(scores)} seeds:\n\n"
+        + _by_domain(table, recall, names, foreign, seen),
+        _spread(scores, table, names),
+        _checks(scores, table, names, foreign, seen),
+        _curve(scores, names),
+    ]
+    body = "\n\n".join(parts)
+    print(body)
+    if out is None:
+        return
+    write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
+    write_block(FILE.with_name("README.md"), "results", _summary(scores, table, recall, names, seen))
+    draw(PICTURE, scores, table, names, seen)
+
+
+def _values(scores: Sequence[dict[str, Any]], label: str, measure: str) -> Values:
+    found = [own["systems"][label]["values"] for own in scores if label in own["systems"]]
+    return {name: np.mean([own[name][measure] for own in found], axis=0) for name in found[0]}
+
+
+def mean_over(values: Values, names: Sequence[str], mask: Mapping[str, np.ndarray] | None = None) -> float:
+    """The mean over domains, of the queries under a mask where there are enough of them."""
+    kept = [values[name] if mask is None else values[name][mask[name]] for name in names]
+    return float(np.mean([own.mean() for own in kept if mask is None or len(own) >= LEAST_QUERIES]))
+
+
+def _setup(scores, names, foreign, config, rate) -> str:
+    first = scores[0]
+    shared = config["expert"]["shared_rank"]
+    rank = config["expert"]["rank"]
+    rivals = ", ".join(f"{float(key):g} -> dev {100 * value:.1f}" for key, value in first["multi_task_dev"].items())
+    return (
+        f"Trained: {', '.join(names)}. Foreign, without any training data: {', '.join(foreign)}.\n\n"
+        f"- ours: a shared delta of rank {shared}, {config['shared_steps']} steps a domain, then an expert of rank {rank} "
+        f"a domain, at most {config['steps']} steps and {config['epochs']:g} epochs; {config['batch_size']} queries a step, "
+        f"learning rate {config['learning_rate']:g}\n"
+        f"- multi-task: one delta of rank {shared + len(names) * rank}, {config['shared_steps'] + config['steps']} steps a "
+        f"domain, its own best strength on dev and its own best learning rate ({rivals}; taken: {rate:g}), compared exactly "
+        "with the whole pool\n"
+        "- base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first seed) search the "
+        "whole pool exactly; one expert, routed and the known-domain oracle search HNSW indexes"
+    )
+
+
+def _by_domain(table, recall, names, foreign, seen) -> str:
+    rows = []
+    for name in (*names, *foreign):
+        rows.append([name, *(f"{100 * own[name].mean():.1f}" if name in own else "" for own in table.values())])
+    unseen = {name: ~mask for name, mask in seen.items()}
+    for title, mask in ((f"mean of {len(names)}", None), ("seen", seen), ("unseen", unseen)):
+        rows.append([f"**{title}**", *(f"**{100 * mean_over(own, names, mask):.1f}**" for own in table.values())])
+    rows.append([f"**{RECALL}, mean**", *(f"**{100 * mean_over(own, names):.1f}**" for own in recall.values())])
+    return markdown_table(["domain", *table], rows) + (
+        "\n\n*Seen* queries have a relevant document that was a training positive, *unseen* have none (a domain counts with at "
+        f"least {LEAST_QUERIES})."
+    )
+
+
+def _spread(scores, table, names) -> str:
+    rows = []
+    for label in table:
+        own = [
+            100 * np.mean([np.mean(one["systems"][label]["values"][name][NDCG]) for name in names])
+            for one in scores
+            if label in one["systems"]
+        ]
+        if len(own) > 1:
+            rows.append([label, *(f"{value:.2f}" for value in own), f"{np.std(own, ddof=1):.2f}"])
+    if not rows:
+        return "One seed: no spread."
+    columns = ["mean nDCG@10 x 100", *(f"seed {n}" for n in range(len(scores))), "standard deviation"]
+    return markdown_table(columns, rows)
+
+
+def _checks(scores, table, names, foreign, seen) -> str:
+    ours, base, multi = table["routed"], table["base"], table["multi-task"]
+    unseen = {name: ~mask for name, mask in seen.items()}
+
+    def gain(over: Values, mask=None) -> float:
+        return 100 * (mean_over(ours, names, mask) - mean_over(over, names, mask))
+
+    def line(text: str, value: float, least: float) -> str:
+        return f"- {text}: {value:+.2f} ({'holds' if value >= least else '**fails**'}: at least {least:+g})"
+
+    home = {name: ours[name] for name in names}
+    p = {
+        label: paired_randomisation(home, {name: own[name] for name in names})[1]
+        for label, own in (("base", base), ("multi-task", multi))
+    }
+    worst = min((100 * (ours[name].mean() - base[name].mean()), name) for name in names)
+    routing = {key: np.mean([own["router"][key] for own in scores]) for key in ("accuracy", "abstained")}
+    cost = {
+        key: np.mean([own["systems"]["routed"]["cost"][key] for own in scores])
+        for key in ("indexes", "documents_share")
+    }
+    lines = [
+        line("routed minus base", gain(base), 12),
+        line("routed minus multi-task", gain(multi), 1),
+        line("routed minus known-domain oracle", gain(table["known-domain oracle"]), -0.7),
+        line("unseen documents: routed minus base", gain(base, unseen), 6),
+        line("unseen documents: routed minus multi-task", gain(multi, unseen), 1),
+        line(f"the worst domain ({worst[1]}) against the base", worst[0], -0.3),
+        *(
+            line(f"foreign corpus {name} against the base", 100 * (ours[name].mean() - base[name].mean()), -0.5)
+            for name in foreign
+        ),
+        f"- paired randomisation over queries, domains weighing the same: p = {p['base']:.4f} against base, "
+        f"{p['multi-task']:.4f} against multi-task (10,000 rounds, so at least 0.0001)",
+        f"- a query searches {cost['indexes']:.2f} indexes with {cost['documents_share']:.1%} of the documents "
+        f"({'holds' if cost['indexes'] <= 1.3 and cost['documents_share'] <= 0.3 else '**fails**'}: at most 1.3 and 30%)",
+        f"- the router is right for {routing['accuracy']:.1%} of the queries of known domains, abstains for "
+        f"{routing['abstained']:.1%} of them, "
+        + ", ".join(f"for {np.mean([own['abstained'][name] for own in scores]):.0%} of {name}" for name in foreign),
+        f"- seconds, first seed: {', '.join(f'{name} {value}' for name, value in scores[0]['seconds'].items())}",
+    ]
+    return "\n".join(lines)
+
+
+def curve(scores: Sequence[dict[str, Any]], names: Sequence[str]) -> list[tuple[str, float, float, float]]:
+    """(label, indexes, share of the documents within reach, nDCG@10) of the routed system's settings, first seed."""
+    points = []
+    for label, own in scores[0]["systems"].items():
+        if label.startswith("minimum") or label in ("one expert", "routed", "routed, all indexes"):
+            score = float(np.mean([np.mean(own["values"][name][NDCG]) for name in names]))
+            points.append((label, own["cost"]["indexes"], own["cost"]["documents_share"], score))
+    return sorted(points, key=lambda point: point[1])
+
+
+def _curve(scores, names) -> str:
+    rows = [
+        [label, f"{i:.2f}", f"{share:.1%}", f"{100 * score:.1f}"] for label, i, share, score in curve(scores, names)
+    ]
+    return (
+        "Quality against cost, first seed (minimum: the least probability of an expert to be merged and searched; `routed` is what "
+        "dev chose):\n\n" + markdown_table(["setting", "indexes a query", "documents within reach", NDCG], rows)
+    )
+
+
+def _summary(scores, table, recall, names, seen) -> str:
+    labels = [
+        label
+        for label in ("BM25", "base", "base + BM25", "multi-task", "routed", "known-domain oracle")
+        if label in table
+    ]
+    unseen = {name: ~mask for name, mask in seen.items()}
+    rows = [
+        ["nDCG@10 x 100", *(f"{100 * mean_over(table[label], names):.1f}" for label in labels)],
+        ["on unseen documents", *(f"{100 * mean_over(table[label], names, unseen):.1f}" for label in labels)],
+        ["R@100 x 100", *(f"{100 * mean_over(recall[label], names):.1f}" for label in labels)],
+    ]
+    indexes = np.mean([own["systems"]["routed"]["cost"]["indexes"] for own in scores])
+    total = scores[0]["systems"]["routed"]["cost"]["indexes_total"]
+    return (
+        f"Unlabelled test queries of {len(names)} domains over one pool of {scores[0]['documents']:,} documents, mean over the "
+        f"domains and {len(scores)} seeds; a routed query searches {indexes:.2f} of {total} indexes:\n\n"
+        + markdown_table(["", *labels], rows)
+        + "\n\n![Bars: nDCG@10 of each system. Curve: nDCG@10 against the documents within reach.](docs/pooled-domains.svg)"
+    )
+
+
+def draw(file: Path, scores: Sequence[dict[str, Any]], table: Mapping[str, Values], names: Sequence[str], seen) -> None:
+    """Systems as bars, with the unseen queries' mean as a mark; and the routed system's quality against its cost."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update({"svg.hashsalt": "moeret", "font.size": 11})
+    import matplotlib.pyplot as plt
+
+    unseen = {name: ~mask for name, mask in seen.items()}
+    labels = [label for label in ORDER if label in table and label not in ("one expert", "routed, all indexes")]
+    figure, (bars, cost) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
+    values = [100 * mean_over(table[label], names) for label in labels]
+    colours = ["#c98a1b" if label == "routed" else "#d5d5d5" if "oracle" in label else "#8fb0d3" for label in labels]
+    bars.barh(labels, values, color=colours)
+    bars.plot(
+        [100 * mean_over(table[label], names, unseen) for label in labels],
+        labels,
+        "k|",
+        ms=14,
+        mew=2,
+        label="unseen documents",
+    )
+    for place, value in enumerate(values):
+        bars.text(value - 0.4, place, f"{value:.1f}", va="center", ha="right")
+    bars.set_xlim(40, None)
+    bars.set_xlabel("nDCG@10 x 100 (axis starts at 40)")
+    bars.legend(loc="lower right", frameon=False)
+    bars.spines[["top", "right"]].set_visible(False)
+    points = curve(scores, names)
+    cost.plot([100 * p[2] for p in points], [100 * p[3] for p in points], "o-", color="#8fb0d3")
+    for label, _, share, score in points:
+        if label == "routed":
+            cost.plot(100 * share, 100 * score, "o", color="#c98a1b", ms=10)
+            cost.annotate("routed", (100 * share, 100 * score), xytext=(8, -14), textcoords="offset points")
+    base = 100 * mean_over(table["base"], names)
+    multi = 100 * mean_over(table["multi-task"], names)
+    for value, label in ((base, "base"), (multi, "multi-task")):
+        cost.plot(100, value, "s", color="#555")
+        cost.annotate(label, (100, value), xytext=(-6, 6), textcoords="offset points", ha="right")
+    cost.set_xscale("log")
+    cost.set_xlabel("documents within a query's reach, % (log)")
+    cost.set_ylabel("nDCG@10 x 100")
+    cost.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
