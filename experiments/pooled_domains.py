@@ -11,6 +11,7 @@ Expected: over the ten domains routed gains at least 12 points of nDCG@10 on the
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import tyro
 import moeret
 from experiments.pilots import pilot_system
 from experiments.pooled_report import write_report
-from moeret.config import ExpertConfig, TrainConfig
+from moeret.config import TrainConfig
 from moeret.data.beir import sample, seen_queries
 from moeret.evaluation.baselines import System, bm25_system, exact_system, fused_system
 from moeret.evaluation.benchmark import Found, cost, router_report, search_route, search_system
@@ -82,15 +83,17 @@ def main() -> None:
     write_report(scores, names, foreign, dataclasses.asdict(ours), rate, out=None if arguments.quick else out)
 
 
-def multi_task(ours: TrainConfig, domains: int, rate: float) -> TrainConfig:
+def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rate: float) -> TrainConfig:
     """One delta as large as the shared one and all experts together, trained for as many steps as they all."""
-    rank = ours.expert.shared_rank + domains * ours.expert.rank
+    steps = [min(ours.steps, math.ceil(ours.epochs * own["train_queries"] / ours.batch_size)) for own in experts]
     return dataclasses.replace(
         ours,
         steps=0,
-        shared_steps=ours.shared_steps + ours.steps,
+        shared_steps=ours.shared_steps + math.ceil(sum(steps) / len(steps)),
         learning_rate=rate,
-        expert=ExpertConfig(rank=1, shared_rank=rank, layers=ours.expert.layers, matrices=ours.expert.matrices),
+        expert=dataclasses.replace(
+            ours.expert, rank=1, shared_rank=ours.expert.shared_rank + len(experts) * ours.expert.rank
+        ),
     )
 
 
@@ -112,10 +115,10 @@ def run_seed(
         seconds[name] = round(time.monotonic() - started)
         return made
 
-    timed("train", lambda: moeret.train(trained, place / "model", config=ours, show_progress_bar=True))
+    model = timed("train", lambda: moeret.train(trained, place / "model", config=ours, show_progress_bar=True))
     rivals = {}
     for rate in rates:
-        config = multi_task(ours, len(trained), rate)
+        config = multi_task(ours, model.meta["experts"], rate)
         folder = place / f"multi-task-{rate:g}"
         made = timed(
             f"train multi-task {rate:g}",
@@ -123,7 +126,7 @@ def run_seed(
         )
         rivals[rate] = made.meta["shared"]["dev_ndcg"]
     rate = max(rivals, key=rivals.get)
-    file = place / "scores.json"
+    file = place / f"scores-against-{rate:g}.json"
     if not file.is_file():
         corpora = [path / "corpus.jsonl" for path in foreign.values()]
         index = place / "index"
@@ -131,7 +134,8 @@ def run_seed(
         retriever = moeret.Retriever.load(index)
         rival = moeret.Model.load(place / f"multi-task-{rate:g}")
         scored = timed("evaluate", lambda: evaluate(retriever, rival, trained, foreign, first=first))
-        scored |= {"multi_task_dev": rivals, "model": retriever.model.published.meta, "seconds": seconds}
+        scored |= {"multi_task_dev": rivals, "multi_task": rival.published.meta["request"], "seconds": seconds}
+        scored["experts"] = model.meta["experts"]
         file.write_text(json.dumps(scored))
     return json.loads(file.read_text()), rate
 

@@ -68,14 +68,15 @@ def _setup(scores, names, foreign, config, rate) -> str:
     first = scores[0]
     shared = config["expert"]["shared_rank"]
     rank = config["expert"]["rank"]
+    rival = first["multi_task"]["shared_steps"]
     rivals = ", ".join(f"{float(key):g} -> dev {100 * value:.1f}" for key, value in first["multi_task_dev"].items())
     return (
         f"Trained: {', '.join(names)}. Foreign, without any training data: {', '.join(foreign)}.\n\n"
         f"- ours: a shared delta of rank {shared}, {config['shared_steps']} steps a domain, then an expert of rank {rank} "
         f"a domain, at most {config['steps']} steps and {config['epochs']:g} epochs; {config['batch_size']} queries a step, "
         f"learning rate {config['learning_rate']:g}\n"
-        f"- multi-task: one delta of rank {shared + len(names) * rank}, {config['shared_steps'] + config['steps']} steps a "
-        f"domain, its own best strength on dev and its own best learning rate ({rivals}; taken: {rate:g}), compared exactly "
+        f"- multi-task: one delta of rank {shared + len(names) * rank}, as many steps in all as we take ({rival} a domain), its own "
+        f"best strength on dev and its own best learning rate ({rivals}; taken: {rate:g}), compared exactly "
         "with the whole pool\n"
         "- base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first seed) search the "
         "whole pool exactly; one expert, routed and the known-domain oracle search HNSW indexes"

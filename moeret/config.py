@@ -58,7 +58,7 @@ class TrainConfig:
 
     tower: Tower = "query"
     """query: experts change queries, documents stay in the base's space. both: experts encode their documents too."""
-    steps: int = 300
+    steps: int = 200
     """Optimizer steps of an expert at most; one that stops improving on dev stops earlier. 0: the shared delta alone."""
     epochs: float = 3.0
     """Passes of an expert over its queries at most: a small domain is soon learned by heart."""

@@ -17,8 +17,8 @@ from moeret.training.batches import Batches
 from moeret.training.loop import fit
 from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared
-from moeret.training.strength import Strengths, choose_strengths
-from moeret.training.towers import BothTowers, QueryTower, mean_over_domains
+from moeret.training.strength import Strengths, choose_strength, choose_strengths
+from moeret.training.towers import BothTowers, QueryTower, by_group, mean_over_domains
 from moeret.types import SHARED_EXPERT
 
 
@@ -42,14 +42,15 @@ def learn_shared(
     bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
     tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)
     batches = Batches(base.graph, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
-    before = mean_over_domains(list(tower.base()))
     work.mkdir(parents=True, exist_ok=True)
-    fitted = fit(bank, batches, tower.evaluate_shared, own, work, show_progress_bar=show_progress_bar)
-    strengths = choose_strengths(
-        fitted.bank, None, lambda scaled, _: tower.evaluate_shared(scaled, np.ones(1, bool)), before
-    )
-    delta, strength = experts.take(fitted.bank, 0), float(strengths.own[0])
-    return LearnedShared(delta, int(fitted.steps[0]), strength, float(before[0, 0]), float(strengths.dev[0, 0]))
+
+    def look(bank: experts.Bank, _: np.ndarray) -> np.ndarray:
+        return mean_over_domains(by_group(tower.values_of_one(bank), tower.seen))
+
+    fitted = fit(bank, batches, look, own, work, show_progress_bar=show_progress_bar)
+    strength, values = choose_strength(fitted.bank, tower.values_of_one)
+    before, after = (float(np.mean([own.mean() for own in scored])) for scored in (tower.base(), values))
+    return LearnedShared(experts.take(fitted.bank, 0), int(fitted.steps[0]), strength, before, after)
 
 
 class Learned(NamedTuple):
@@ -60,6 +61,7 @@ class Learned(NamedTuple):
     steps: Int[np.ndarray, "E"]
     strengths: Strengths
     base_dev: Float[np.ndarray, "E 3"]
+    dev: Float[np.ndarray, "E 3"]
     calibration: Sequence[tuple[float, float] | None]
 
 
@@ -81,17 +83,20 @@ def learn(
     beneath = None if shared is None else experts.Shared(shared, np.ones(len(every) + 1, np.float32))
     layers = experts.trunk_layers(bank, base.config)
     batches = Batches(base.graph, layers, params, data.pool, tower.document_ids, data.sets, config, data_mesh())
-    before = tower.base()
 
     def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
-        return tower.evaluate(bank, active, beneath)
+        return by_group(tower.values(bank, active, beneath), tower.seen)
 
     fitted = fit(bank, batches, look, config, work, show_progress_bar=show_progress_bar)
-    strengths = choose_strengths(fitted.bank, shared, lambda bank, under: tower.evaluate(bank, every, under), before)
+    before = tower.base()
+    strengths = choose_strengths(
+        fitted.bank, shared, lambda bank, under: tower.values(bank, every, under), before, tower.seen
+    )
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
     if shared is not None:
         beneath = experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
-    return Learned(bank, beneath, fitted.steps, strengths, before, tower.calibration(bank))
+    dev = [by_group(values, tower.seen) for values in (before, strengths.values)]
+    return Learned(bank, beneath, fitted.steps, strengths, *dev, tower.calibration(bank))
 
 
 def _key(seed: int, name: str) -> jax.Array:

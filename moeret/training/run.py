@@ -243,7 +243,7 @@ def _write_experts(
                 "documents": len(own.corpus),
                 "train_queries": len(own.splits["train"].queries),
                 "base_dev_ndcg": _groups(trained.base_dev[number]),
-                "dev_ndcg": _groups(trained.strengths.dev[number]),
+                "dev_ndcg": _groups(trained.dev[number]),
                 "step": int(trained.steps[number]),
                 "strength": float(trained.strengths.own[number]),
                 "shared_strength": float(trained.strengths.shared[number]),

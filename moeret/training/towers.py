@@ -18,11 +18,22 @@ CANDIDATES = 10
 LEAST_QUERIES = 10
 """Seen or unseen dev queries that there must be for their mean to say anything."""
 
+Values = list[Float[np.ndarray, "Q"]]
+"""Each domain's dev queries' nDCG@10; empty for an expert that was not asked for."""
 
-def by_group(values: Float[np.ndarray, "Q"], seen: Bool[np.ndarray, "Q"]) -> Float[np.ndarray, "3"]:
-    """Mean over all dev queries, over the seen ones and over the unseen ones; NaN for a group of too few."""
-    groups = (values[mask] if mask.sum() >= LEAST_QUERIES else np.array([np.nan]) for mask in (seen, ~seen))
-    return np.array([values.mean(), *(own.mean() for own in groups)], np.float32)
+
+def by_group(values: Values, seen: Sequence[Bool[np.ndarray, "Q"]]) -> Float[np.ndarray, "E 3"]:
+    """Each domain's mean over all dev queries, the seen ones and the unseen ones.
+
+    NaN for a group of too few, 0 for a domain without values.
+    """
+
+    def row(own: np.ndarray, mask: np.ndarray) -> list[float]:
+        groups = (own[chosen] if chosen.sum() >= LEAST_QUERIES else np.array([np.nan]) for chosen in (mask, ~mask))
+        return [own.mean(), *(group.mean() for group in groups)]
+
+    rows = [row(own, mask) if len(own) else [0.0] * 3 for own, mask in zip(values, seen, strict=True)]
+    return np.array(rows, np.float32)
 
 
 class QueryTower:
@@ -32,38 +43,35 @@ class QueryTower:
 
     def __init__(self, data: Prepared, embedder: Embedder):
         self._data, self._embedder = data, embedder
+        self.seen = [own.seen for own in data.dev]
 
-    def base(self) -> Float[np.ndarray, "E 3"]:
-        """Dev nDCG@10 of the base on each domain, by group."""
-        return np.stack([by_group(dev_ndcg(own, own.vectors, self._data.pool), own.seen) for own in self._data.dev])
+    def base(self) -> Values:
+        """What the base scores on each domain's dev queries."""
+        return [dev_ndcg(own, own.vectors, self._data.pool) for own in self._data.dev]
 
-    def evaluate(
-        self, bank: Bank, active: Bool[np.ndarray, "E"], shared: Shared | None = None
-    ) -> Float[np.ndarray, "E 3"]:
-        """Dev nDCG@10 of the active experts, by group; 0 for the others."""
+    def values(self, bank: Bank, active: Bool[np.ndarray, "E"], shared: Shared | None = None) -> Values:
+        """What each active expert scores on its domain's dev queries."""
         embedder = self._embedder.with_bank(with_base(bank), shared)
-        scores = np.zeros((len(active), 3), np.float32)
-        for number in np.flatnonzero(active):
-            scores[number] = self._score(embedder, self._data.dev[number], number)
-        return scores
+        return [
+            self._score(embedder, own, number) if on else np.empty(0)
+            for number, (own, on) in enumerate(zip(self._data.dev, active, strict=True))
+        ]
 
-    def evaluate_shared(self, bank: Bank, active: Bool[np.ndarray, "1"]) -> Float[np.ndarray, "1 3"]:
-        """Dev nDCG@10 of the only expert of a bank, used for every domain: the mean over domains, by group."""
+    def values_of_one(self, bank: Bank) -> Values:
+        """What the only expert of a bank scores on every domain's dev queries."""
         embedder = self._embedder.with_bank(with_base(bank))
-        return mean_over_domains([self._score(embedder, own, 0) for own in self._data.dev])
+        return [self._score(embedder, own, 0) for own in self._data.dev]
 
-    def _score(self, embedder: Embedder, own: DevSet, expert: int) -> Float[np.ndarray, "3"]:
-        vectors = embedder.mixed(own.texts, *_only(expert, len(own.texts)))
-        return by_group(dev_ndcg(own, vectors, self._data.pool), own.seen)
+    def _score(self, embedder: Embedder, own: DevSet, expert: int) -> Float[np.ndarray, "Q"]:
+        return dev_ndcg(own, embedder.mixed(own.texts, *_only(expert, len(own.texts))), self._data.pool)
 
     def calibration(self, bank: Bank) -> list[None]:
         """One document space needs none, neither for the base nor for its experts."""
         return [None] * (1 + len(self._data.dev))
 
 
-def mean_over_domains(scores: Sequence[Float[np.ndarray, "3"]]) -> Float[np.ndarray, "1 3"]:
+def mean_over_domains(table: Float[np.ndarray, "E 3"]) -> Float[np.ndarray, "1 3"]:
     """Every domain weighs the same; NaN for a group that no domain has enough of."""
-    table = np.stack(scores)
     has = ~np.isnan(table)
     counts = has.sum(axis=0)
     return np.where(counts > 0, np.where(has, table, 0).sum(axis=0) / np.maximum(counts, 1), np.nan)[None]
@@ -85,22 +93,19 @@ class BothTowers:
             small = DevSet(own.judged, own.texts, own.readings, np.arange(len(ids)), ids, own.seen)
             self._dev.append((small, [texts[row] for row in candidates]))
 
-    def base(self) -> Float[np.ndarray, "E 3"]:
-        """Dev nDCG@10 of the base among each domain's candidates, by group."""
-        return np.stack(
-            [by_group(dev_ndcg(own, own.vectors, self._embedder.base(texts)), own.seen) for own, texts in self._dev]
-        )
+        self.seen = [own.seen for own, _ in self._dev]
 
-    def evaluate(
-        self, bank: Bank, active: Bool[np.ndarray, "E"], shared: Shared | None = None
-    ) -> Float[np.ndarray, "E 3"]:
-        """Dev nDCG@10 of the active experts among their candidates, by group; 0 for the others."""
-        assert shared is None  # TrainConfig refuses it for both towers
-        scores = np.zeros((len(active), 3), np.float32)
-        for number in np.flatnonzero(active):
-            own = self._dev[number][0]
-            scores[number] = by_group(dev_ndcg(own, *self._encoded(bank, number)), own.seen)
-        return scores
+    def base(self) -> Values:
+        """What the base scores on each domain's dev queries among their candidates."""
+        return [dev_ndcg(own, own.vectors, self._embedder.base(texts)) for own, texts in self._dev]
+
+    def values(self, bank: Bank, active: Bool[np.ndarray, "E"], shared: Shared | None = None) -> Values:
+        """What each active expert scores on its domain's dev queries among their candidates."""
+        assert shared is None  # there is one document space only where documents stay the base's
+        return [
+            dev_ndcg(own, *self._encoded(bank, number)) if on else np.empty(0)
+            for number, ((own, _), on) in enumerate(zip(self._dev, active, strict=True))
+        ]
 
     def calibration(self, bank: Bank) -> list[tuple[float, float]]:
         """(slope, intercept) of the base, then of each expert: scores against relevance, for dev queries' best candidates."""
