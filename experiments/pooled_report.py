@@ -75,9 +75,9 @@ def _setup(scores, names, foreign, config, rate) -> str:
         f"- ours: a shared delta of rank {shared}, {config['shared_steps']} steps a domain, then an expert of rank {rank} "
         f"a domain, at most {config['steps']} steps and {config['epochs']:g} epochs; {config['batch_size']} queries a step, "
         f"learning rate {config['learning_rate']:g}\n"
-        f"- multi-task: one delta of rank {shared + len(names) * rank}, as many steps in all as we take ({rival} a domain), its own "
-        f"best strength on dev and its own best learning rate ({rivals}; taken: {rate:g}), compared exactly "
-        "with the whole pool\n"
+        f"- multi-task: one delta of rank {shared + len(names) * rank}, as many steps in all as we take ({rival} a domain), "
+        f"its own best strength on dev and its own best learning rate ({rivals}; taken: {rate:g}), compared exactly with "
+        "the whole pool\n"
         "- base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first seed) search the "
         "whole pool exactly; one expert, routed and the known-domain oracle search HNSW indexes"
     )
