@@ -19,7 +19,7 @@ from moeret.retrieval.build import build_index
 from moeret.retrieval.search import Retriever
 from moeret.training.run import train
 
-CONFIG = TrainConfig(steps=30, batch_size=32, evaluate_every=10)
+CONFIG = TrainConfig(steps=20, shared_steps=20, evaluate_every=10)
 LIBRARIES, DOCUMENTS = 6, 400
 _QUESTIONS = 3
 
@@ -45,8 +45,9 @@ def quickstart(out: Path, console: Console, *, show_progress_bar: bool) -> None:
 
     console.rule("2. Experts and router: moeret train")
     console.print(
-        "The base is a frozen text encoder. For every domain a small expert learns to move its queries towards the documents "
-        "that answer them; a router learns from the base's embedding of a query which experts to use, or to abstain.",
+        "The base is a frozen text encoder. A shared delta learns from all domains to move queries towards the documents that "
+        "answer them, a small expert on top of it what is its own domain's; a router learns from the lower layers' reading of "
+        "a query which experts to use, or to abstain.",
     )
     trained = train(domains, model, config=CONFIG, show_progress_bar=show_progress_bar)
     for entry in trained.meta["experts"]:

@@ -31,13 +31,14 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
 def expert_table(experts: list[dict[str, Any]]) -> Table:
     """What each expert of a model gained on dev, over all, seen and unseen queries, and how much of it is used."""
     table = Table(
-        "expert", "documents", "train queries", "dev nDCG@10, base -> expert", "seen", "unseen", "step, strengths"
-    )
+        "expert", "documents", "queries", "dev nDCG@10", "seen", "unseen", "step", "own", "shared",
+        caption="base -> expert; own, shared: strengths of the deltas",
+    )  # fmt: skip
     for entry in experts:
         before, after = entry["base_dev_ndcg"], entry["dev_ndcg"]
         gains = ["too few" if after[group] is None else f"{before[group]:.3f} -> {after[group]:.3f}" for group in after]
-        used = f"{entry['step']}, {entry['strength']:g} on {entry['shared_strength']:g} of the shared delta"
-        table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains, used)
+        used = (str(entry["step"]), f"{entry['strength']:g}", f"{entry['shared_strength']:g}")
+        table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains, *used)
     return table
 
 

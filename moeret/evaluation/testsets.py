@@ -46,8 +46,8 @@ class TestSet:
         ]
         return cls(name, judged, documents, names)
 
-    def run_of(self, query: str, ranked: Ranked) -> dict[str, float]:
-        """Name -> score of the first DEPTH documents for a query.
+    def run_of(self, query: str, ranked: Ranked, depth: int = DEPTH) -> dict[str, float]:
+        """Name -> score of the first documents for a query.
 
         A query that is itself a document does not retrieve itself: BEIR's rule drops every hit with the query's id; here
         the text must be the same too, because ids like "7" meet by accident.
@@ -62,7 +62,7 @@ class TestSet:
             name = self.names[row]
             if not (itself and name == query) and name not in run:
                 run[name] = score
-        return dict(list(run.items())[:DEPTH])
+        return dict(list(run.items())[:depth])
 
 
 @dataclass(frozen=True, slots=True)

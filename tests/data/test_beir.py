@@ -176,6 +176,12 @@ def test_many_problems_are_counted_and_only_the_first_shown(corpus):
         read_corpus(corpus)
 
 
+def test_an_empty_document_is_kept(corpus):
+    """Cranfield has two, and judges one of them relevant."""
+    corpus.write_text('{"_id": "a", "text": ""}\n{"_id": "b", "title": "t", "text": "x"}\n')
+    assert [document.id for document in read_corpus(corpus)] == ["a", "b"]
+
+
 def test_an_empty_a_missing_and_an_unreadable_corpus_are_told_apart(corpus, tmp_path):
     with pytest.raises(DataError, match=r"corpus\.jsonl is not there"):
         read_corpus(corpus)

@@ -56,6 +56,25 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     assert steps == sorted(steps)
 
 
+def test_nothing_that_training_chooses_has_seen_the_test_split(two_domains, base_folder, short, undisturbed, tmp_path):
+    """Judgments of test as garbage, and its queries' texts changed: every expert, strength, router and threshold stays."""
+    folders = {name: shutil.copytree(path, tmp_path / name) for name, path in two_domains.items()}
+    for folder in folders.values():
+        judged = (folder / "qrels/test.tsv").read_text().splitlines()[1:]
+        of_test = {line.split("\t")[0] for line in judged}
+        rows = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+        assert of_test
+        for row in rows:
+            row["text"] = "nothing at all" if row["_id"] in of_test else row["text"]
+        (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "qrels/test.tsv").write_text("not\teven\tqrels\nof any kind\n")
+    again = moeret.train(folders, tmp_path / "m", base=str(base_folder), config=short)
+    for key in ("router", "shared", "tower", "expert"):
+        assert again.meta[key] == undisturbed.meta[key]
+    for own, other in zip(again.meta["experts"], undisturbed.meta["experts"], strict=True):
+        assert {**own, "request": None} == {**other, "request": None}  # files are named by their digests
+
+
 def test_an_interrupt_loses_only_the_steps_since_the_last_checkpoint(
     two_domains, base_folder, short, tmp_path, monkeypatch
 ):

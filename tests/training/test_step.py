@@ -94,6 +94,31 @@ def test_every_rate_rises_then_falls_to_zero_at_the_experts_own_limit(train_conf
         assert (np.diff(own[: peak + 1]) >= 0).all() and (np.diff(own[peak : limit + 1]) <= 0).all()
 
 
+@pytest.mark.parametrize("tower", ["query", "both"])
+def test_bfloat16_products_give_the_gradient_of_float32_but_for_rounding(prepared, train_config, tower):
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        config = dataclasses.replace(train_config, tower=tower, precision=precision)
+        embedder, data = prepared
+        base = embedder.base_encoder
+        bank = experts.init_bank(base.config, config.expert, [jax.random.key(n) for n in range(3)])
+        bank = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(9), leaf.shape), bank)
+        ids = BothTowers(data, embedder).document_ids if tower == "both" else None
+        layers = experts.trunk_layers(bank, base.config)
+        batches = Batches(
+            base.graph, layers, base.params, data.pool, ids, data.sets, config, data_mesh(jax.devices()[:1])
+        )
+        totals = zero_totals(bank)
+        for expert, batch in batches.step(0, np.ones(3, bool)):
+            totals = add_batch(*batches.static, batches.frozen, bank, totals, expert, batch)
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(totals))
+        found[precision] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(totals.gradients)])
+    exact, rounded = found["float32"], found["bfloat16"]
+    assert np.abs(exact - rounded).max() > 0  # the precision is really another
+    assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.999
+    assert abs(np.linalg.norm(rounded) / np.linalg.norm(exact) - 1) < 0.02
+
+
 @pytest.mark.parametrize("size", [1e-3, 1e3])
 def test_a_long_gradient_counts_as_a_short_one_of_its_direction(prepared, train_config, size):
     embedder, _ = prepared
