@@ -38,9 +38,10 @@ def choose_strengths(
 ) -> Strengths:
     """The strengths with the best dev nDCG@10 of which neither seen nor unseen queries suffer against the base."""
     experts = len(base)
+    trained = any(np.any(factors["b"]) for matrices in bank.values() for factors in matrices.values())
     best = Strengths(np.zeros(experts, np.float32), np.zeros(experts, np.float32), list(base))
     for under in (0.0,) if shared is None else UNDER:
-        for own in OWN:
+        for own in OWN if trained else OWN[:1]:
             if not own and not under:
                 continue  # the base
             beneath = None if shared is None else Shared(shared, np.full(experts + 1, under, np.float32))
