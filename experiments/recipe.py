@@ -1,0 +1,158 @@
+"""What an expert learns best with: rates, ranks, lengths, negatives, with and without the shared delta, feed-forward experts.
+
+Command:  python -m experiments.recipe --data DATA [--pooled runs/pooled_domains] [--out runs/recipe]
+          DATA and --pooled as experiments.pooled_domains leaves them; experts are trained on the first seed's shared delta.
+Time:     about 4 minutes a line on 2 cores; finished lines are not repeated.
+Expected: on the shared delta, the line `as it is` or one within the noise of it has the best dev nDCG@10 of unseen queries;
+          no line reads test. Writes its section into BENCHMARKS.md.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+import moeret
+from experiments.pooled_domains import TRAINED
+from moeret.config import TrainConfig
+from moeret.models import experts
+from moeret.models.embed import Embedder
+from moeret.models.model import VECTORS, WORK, read_shared
+from moeret.training.learn import learn
+from moeret.training.prepare import Prepared, prepare, read_domains
+from scripts.benchmarks import markdown_table, write_section
+
+DOMAINS = ("scifact", "obliqa", "nl2bash", "conala")
+"""Few queries and many, seen documents and unseen ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A change of the recipe."""
+
+    name: str
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    expert: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shared: bool = True
+
+
+TRIALS = (
+    Trial(name="as it is"),
+    Trial(name="learning rate 5e-4", config={"learning_rate": 5e-4}),
+    Trial(name="learning rate 1e-3", config={"learning_rate": 1e-3}),
+    Trial(name="learning rate 4e-3", config={"learning_rate": 4e-3}),
+    Trial(name="rank 4", expert={"rank": 4}),
+    Trial(name="rank 64", expert={"rank": 64}),
+    Trial(name="temperature 0.01", config={"temperature": 0.01}),
+    Trial(name="temperature 0.05", config={"temperature": 0.05}),
+    Trial(name="weight decay 0.1", config={"weight_decay": 0.1}),
+    Trial(name="64 queries a step", config={"batch_size": 64}),
+    Trial(name="no shared delta", shared=False),
+    Trial(
+        name="no shared delta, feed-forward blocks at full rank (mixture-of-experts layers)",
+        expert={"rank": 384, "matrices": ("mlp_in", "mlp_out")},
+        config={"learning_rate": 5e-4},
+        shared=False,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """Trains experts in several ways."""
+
+    data: Path
+    """Folder of the BEIR folders."""
+    pooled: Path = Path("runs/pooled_domains")
+    """Where experiments.pooled_domains left its first seed."""
+    out: Path = Path("runs/recipe")
+    """Where results and checkpoints go."""
+
+
+def main() -> None:
+    """Runs the trials and writes the section; finished ones are not repeated."""
+    arguments = tyro.cli(Arguments)
+    source = arguments.pooled / "seed-0" / "model"
+    model = moeret.Model.load(source)
+    config = TrainConfig(precision="bfloat16")
+    embedder = Embedder(model.base, experts.base_alone(model.base.config, config.expert))
+    read = read_domains({name: arguments.data / name for name in TRAINED})
+    data = prepare(read, embedder, config, source / WORK / VECTORS, show_progress_bar=True)
+    shared = read_shared(model.published).delta
+    found = {trial.name: _run(trial, data, embedder, shared, config, arguments.out) for trial in TRIALS}
+    body = _body(found, config)
+    print(body)
+    write_section("recipe", "What an expert learns best with", body)
+
+
+def _run(
+    trial: Trial, data: Prepared, embedder: Embedder, shared: experts.Bank, config: TrainConfig, out: Path
+) -> dict[str, Any]:
+    """Dev nDCG@10 of each domain by group, chosen steps and strengths."""
+    place = out / trial.name.replace(" ", "-")
+    file = place / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    place.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.replace(config, **trial.config, expert=dataclasses.replace(config.expert, **trial.expert))
+    four = _only(data)
+    own = embedder.with_bank(experts.base_alone(embedder.base_encoder.config, config.expert))
+    learned = learn(four, own, shared if trial.shared else None, config, place, show_progress_bar=True)
+    result = {
+        "base": learned.base_dev.tolist(),
+        "dev": learned.dev.tolist(),
+        "steps": learned.steps.tolist(),
+        "own": learned.strengths.own.tolist(),
+        "shared": learned.strengths.shared.tolist(),
+    }
+    file.write_text(json.dumps(result))
+    return result
+
+
+def _only(data: Prepared) -> Prepared:
+    """The data of the four domains; their rows come first in the pool, the others' documents behind them."""
+    numbers = [next(n for n, own in enumerate(data.domains) if own.name == name) for name in DOMAINS]
+    sets, dev, blocks, start = [], [], [], 0
+    for number in numbers:
+        rows = data.sets[number].documents
+        shift = start - int(rows[0])
+        positives = [own + shift for own in data.sets[number].positives]
+        sets.append(dataclasses.replace(data.sets[number], documents=rows + shift, positives=positives))
+        dev.append(dataclasses.replace(data.dev[number], documents=rows + shift))
+        blocks.append(data.pool[rows])
+        start += len(rows)
+    blocks += [data.pool[own.documents] for n, own in enumerate(data.sets) if n not in numbers]
+    return Prepared(
+        [data.domains[n] for n in numbers], sets, dev, [data.profiles[n] for n in numbers], np.concatenate(blocks)
+    )
+
+
+def _body(found: dict[str, dict[str, Any]], config: TrainConfig) -> str:
+    rows = []
+    base = np.array(next(iter(found.values()))["base"])
+    rows.append(["the base", *_means(base), *(f"{100 * value:.1f}" for value in base[:, 0]), "", ""])
+    for name, own in found.items():
+        dev = np.array(own["dev"])
+        steps = " ".join(map(str, own["steps"]))
+        strengths = " ".join(f"{a:g}/{b:g}" for a, b in zip(own["own"], own["shared"], strict=True))
+        rows.append([name, *_means(dev), *(f"{100 * value:.1f}" for value in dev[:, 0]), steps, strengths])
+    columns = ["recipe", "mean", "seen", "unseen", *DOMAINS, "steps", "strengths own/shared"]
+    return (
+        f"Dev nDCG@10 x 100 in the pool of all ten domains' documents, experts of {', '.join(DOMAINS)} at their best steps and "
+        f"strengths. As it is: rank {config.expert.rank}, learning rate {config.learning_rate:g}, temperature "
+        f"{config.temperature:g}, {config.batch_size} queries a step, at most {config.steps} steps and {config.epochs:g} epochs, "
+        "on the first seed's shared delta. One seed, and dev chose steps and strengths: differences below a point say "
+        "little.\n\n" + markdown_table(columns, rows)
+    )
+
+
+def _means(table: np.ndarray) -> list[str]:
+    return [f"{100 * np.nanmean(table[:, group]):.1f}" for group in range(3)]
+
+
+if __name__ == "__main__":
+    main()
