@@ -31,12 +31,12 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
 def expert_table(experts: list[dict[str, Any]]) -> Table:
     """What each expert of a model gained on dev, over all, seen and unseen queries, and how much of it is used."""
     table = Table(
-        "expert", "documents", "queries", "dev nDCG@10", "seen", "unseen", "step", "own", "shared",
-        caption="base -> expert; own, shared: strengths of the deltas",
+        "expert", "documents", "queries", "dev", "seen", "unseen", "step", "own", "shared",
+        caption="nDCG@10 x 100 on dev, base → expert; own, shared: strengths of the deltas",
     )  # fmt: skip
     for entry in experts:
         before, after = entry["base_dev_ndcg"], entry["dev_ndcg"]
-        gains = ["too few" if after[group] is None else f"{before[group]:.3f} -> {after[group]:.3f}" for group in after]
+        gains = ["too few" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}" for group in after]
         used = (str(entry["step"]), f"{entry['strength']:g}", f"{entry['shared_strength']:g}")
         table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains, *used)
     return table
