@@ -38,7 +38,7 @@ TRAINED = (
 )  # fmt: skip
 FOREIGN = ("cranfield", "cisi", "cacm")
 QUICK = ("attack-cti", "esco-jobs", "conala")
-RATES = (5e-4, 1e-3)
+RATES = (1e-3,)
 """Learning rates that the multi-task rival may choose from, on dev; the other seeds take the first's choice. At its rank
 2e-3 diverges."""
 MINIMA = (0.3, 0.03, 0.01, 0.003, 0.001)
