@@ -32,6 +32,7 @@ from moeret.evaluation.testsets import TestSet, read_test_sets, score
 from moeret.metrics import NDCG, RECALL
 from moeret.progress import progress_bar
 from moeret.training.prepare import read_domains
+from moeret.types import SHARED_EXPERT
 
 TRAINED = (
     "scifact", "nfcorpus", "medquad", "obliqa", "fin10k", "attack-cti", "esco-jobs", "nl2bash", "conala", "checkthat20",
@@ -61,6 +62,8 @@ class Arguments:
     """Of our training."""
     precision: moeret.config.Precision = "bfloat16"
     """Of all trainings' products."""
+    rival: bool = True
+    """Train and score the multi-task rival too, which takes as long as all the rest."""
     quick: bool = False
     """Three domains, short trainings, one seed; to see that it works."""
 
@@ -78,7 +81,7 @@ def main() -> None:
     scores, rate = [], None
     for seed in range(1 if arguments.quick else arguments.seeds):
         place = out / f"seed-{seed}"
-        rates = (rate,) if rate else RATES[-1:] if arguments.quick else RATES
+        rates = () if not arguments.rival else (rate,) if rate else RATES[-1:] if arguments.quick else RATES
         found, rate = run_seed(place, trained, strangers, dataclasses.replace(ours, seed=seed), rates, first=seed == 0)
         scores.append(found)
     write_report(scores, names, foreign, dataclasses.asdict(ours), rate, out=None if arguments.quick else out)
@@ -106,7 +109,7 @@ def run_seed(
     rates: tuple[float, ...],
     *,
     first: bool,
-) -> tuple[dict[str, Any], float]:
+) -> tuple[dict[str, Any], float | None]:
     """Trains, indexes and scores everything of one seed; returns its scores and the rival's best learning rate."""
     seconds = {}
 
@@ -126,28 +129,49 @@ def run_seed(
             lambda config=config, folder=folder: moeret.train(trained, folder, config=config, show_progress_bar=True),
         )
         rivals[rate] = made.meta["shared"]["dev_ndcg"]
-    rate = max(rivals, key=rivals.get)
-    file = place / f"scores-against-{rate:g}.json"
-    if not file.is_file():
-        corpora = [path / "corpus.jsonl" for path in foreign.values()]
-        index = place / "index"
-        timed("index", lambda: moeret.build_index(place / "model", index, trained, corpora, show_progress_bar=True))
-        retriever = moeret.Retriever.load(index)
+    rate = max(rivals, key=rivals.get, default=None)
+    corpora = [path / "corpus.jsonl" for path in foreign.values()]
+    index = place / "index"
+    timed("index", lambda: moeret.build_index(place / "model", index, trained, corpora, show_progress_bar=True))
+    retriever = moeret.Retriever.load(index)
+
+    def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if not file.is_file():
+            scored = timed("evaluate", make)
+            file.write_text(json.dumps(scored | {"seconds": seconds, "experts": model.meta["experts"]}))
+        return json.loads(file.read_text())
+
+    scores = kept(place / "scores.json", lambda: evaluate(retriever, trained, foreign, first=first))
+    if rate is not None:
         rival = moeret.Model.load(place / f"multi-task-{rate:g}")
-        scored = timed("evaluate", lambda: evaluate(retriever, rival, trained, foreign, first=first))
-        scored |= {"multi_task_dev": rivals, "multi_task": rival.published.meta["request"], "seconds": seconds}
-        scored["experts"] = model.meta["experts"]
-        file.write_text(json.dumps(scored))
-    return json.loads(file.read_text()), rate
+        own = kept(place / f"scores-{rate:g}.json", lambda: evaluate_rival(retriever, rival, {**trained, **foreign}))
+        scores["systems"] |= own["systems"]
+        scores |= {"multi_task_dev": rivals, "multi_task": rival.published.meta["request"]}
+    return scores, rate
+
+
+def evaluate_rival(retriever: moeret.Retriever, rival: moeret.Model, domains: dict[str, Path]) -> dict[str, Any]:
+    """Scores one delta for all domains, compared exactly with the whole pool."""
+    system = exact_system(retriever, _encoder(rival, SHARED_EXPERT))
+    tests = read_test_sets(retriever, domains, "test")
+    ranked = {test.name: search_system(system, test, lambda count: None) for test in tests}
+    return {"systems": {"multi-task": {"values": _values(score(tests, ranked).values)}}}
+
+
+def _encoder(model: moeret.Model, expert: str | None) -> Callable:
+    return lambda texts: model.encode_query(texts, expert=expert, normalize_embeddings=True)
+
+
+def _values(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """Domain -> measure -> each query's value, rounded for the file."""
+    return {
+        name: {measure: [round(value, 4) for value in own[measure].values()] for measure in (NDCG, RECALL)}
+        for name, own in found.items()
+    }
 
 
 def evaluate(
-    retriever: moeret.Retriever,
-    rival: moeret.Model,
-    trained: dict[str, Path],
-    foreign: dict[str, Path],
-    *,
-    first: bool,
+    retriever: moeret.Retriever, trained: dict[str, Path], foreign: dict[str, Path], *, first: bool
 ) -> dict[str, Any]:
     """Scores every system on the test queries of all domains; what no seed changes, and the curve, for the first only."""
     model = retriever.model
@@ -159,14 +183,7 @@ def evaluate(
     with progress_bar("Evaluating", queries, shown=True, unit="queries") as bar:
 
         def run(label: str, ranked: dict[str, list], sets: list[TestSet] = tests, **more: Any) -> None:
-            values = score(sets, ranked).values
-            systems[label] = {
-                "values": {
-                    name: {measure: [round(value, 4) for value in own[measure].values()] for measure in (NDCG, RECALL)}
-                    for name, own in values.items()
-                },
-                **more,
-            }
+            systems[label] = {"values": _values(score(sets, ranked).values), **more}
 
         def route(label: str, mode: str, sets: list[TestSet] = tests) -> dict[str, Found]:
             found = {
@@ -180,17 +197,14 @@ def evaluate(
         def system(label: str, search: System, sets: list[TestSet] = tests) -> None:
             run(label, {test.name: search_system(search, test, bar) for test in sets}, sets)
 
-        def encoder(of: moeret.Model, expert: str | None) -> Callable:
-            return lambda texts: of.encode_query(texts, expert=expert, normalize_embeddings=True)
-
         found = route("routed", "auto")
         routing = router_report(retriever, home, _only(found, home))
         abstained = {name: float(np.mean([own.abstained for own in part.routes])) for name, part in found.items()}
         route("known-domain oracle", "oracle", home)
-        system("multi-task", exact_system(retriever, encoder(rival, "shared")))
+        system("shared delta alone", exact_system(retriever, _encoder(model, SHARED_EXPERT)))
         route("routed, all indexes", "all", home)
         if first:
-            bm25, base = bm25_system(retriever), exact_system(retriever, encoder(model, None))
+            bm25, base = bm25_system(retriever), exact_system(retriever, _encoder(model, None))
             system("BM25", bm25)
             system("base", base)
             system("base + BM25", fused_system(retriever, (base, bm25)))

@@ -36,7 +36,10 @@ def expert_table(experts: list[dict[str, Any]]) -> Table:
     )  # fmt: skip
     for entry in experts:
         before, after = entry["base_dev_ndcg"], entry["dev_ndcg"]
-        gains = ["too few" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}" for group in after]
+        gains = [
+            "too few" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}"
+            for group in after
+        ]
         used = (str(entry["step"]), f"{entry['strength']:g}", f"{entry['shared_strength']:g}")
         table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains, *used)
     return table
