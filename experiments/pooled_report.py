@@ -11,8 +11,8 @@ from moeret.metrics import NDCG, RECALL
 from scripts.benchmarks import FILE, markdown_table, write_block, write_section
 
 ORDER = (
-    "BM25", "base", "base + BM25", "RouterRetriever's pilots", "shared delta alone", "multi-task", "routed, all indexes", "one expert", "routed",
-    "known-domain oracle", "best-expert-per-query oracle",
+    "BM25", "base", "base + BM25", "RouterRetriever's pilots", "shared delta alone", "multi-task", "routed, all indexes",
+    "one expert", "routed", "known-domain oracle", "best-expert-per-query oracle",
 )  # fmt: skip
 LEAST_QUERIES = 10
 """Seen or unseen queries of a domain that there must be for their mean to be counted."""
@@ -83,8 +83,8 @@ def _setup(scores, names, foreign, config, rate) -> str:
         f"a domain, at most {config['steps']} steps and {config['epochs']:g} epochs; {config['batch_size']} queries a step, "
         f"learning rate {config['learning_rate']:g}\n"
         f"{rival}"
-        "- shared delta alone, base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first seed) search the "
-        "whole pool exactly; one expert, routed and the known-domain oracle search HNSW indexes"
+        "- shared delta alone, base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first "
+        "seed) search the whole pool exactly; one expert, routed and the known-domain oracle search HNSW indexes"
     )
 
 
