@@ -12,6 +12,7 @@ Expected: over the ten domains routed gains at least 12 points of nDCG@10 on the
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def main() -> None:
         ours = dataclasses.replace(ours, steps=40, shared_steps=40, evaluate_every=20, dev_queries=100)
     out = arguments.out / "quick" if arguments.quick else arguments.out
     trained = {name: arguments.data / name for name in names}
-    strangers = {name: arguments.data / name for name in foreign}
+    strangers = {name: named_apart(name, arguments.data / name, out / "foreign" / name) for name in foreign}
     scores, rate = [], None
     for seed in range(1 if arguments.quick else arguments.seeds):
         place = out / f"seed-{seed}"
@@ -85,6 +86,20 @@ def main() -> None:
         found, rate = run_seed(place, trained, strangers, dataclasses.replace(ours, seed=seed), rates, first=seed == 0)
         scores.append(found)
     write_report(scores, names, foreign, dataclasses.asdict(ours), rate, out=None if arguments.quick else out)
+
+
+def named_apart(name: str, source: Path, out: Path) -> Path:
+    """A copy of a BEIR folder whose documents carry its name in their ids: corpora without a domain share one index."""
+    (out / "qrels").mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in (source / "corpus.jsonl").read_text().splitlines()]
+    corpus = [json.dumps({**row, "_id": f"{name}-{row['_id']}"}) + "\n" for row in rows]
+    (out / "corpus.jsonl").write_text("".join(corpus))
+    head, *lines = (source / "qrels" / "test.tsv").read_text().splitlines()
+    judged = [line.split("\t") for line in lines]
+    named = [f"{query}\t{name}-{document}\t{score}\n" for query, document, score in judged]
+    (out / "qrels" / "test.tsv").write_text(f"{head}\n{''.join(named)}")
+    shutil.copy(source / "queries.jsonl", out)
+    return out
 
 
 def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rate: float) -> TrainConfig:
