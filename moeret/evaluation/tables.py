@@ -28,6 +28,21 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
     return [*tables, _routing_table(report)]
 
 
+def model_tables(meta: dict[str, Any]) -> list[Table | str]:
+    """What a published model's experts, its shared delta and its routers did on dev."""
+    parts: list[Table | str] = [expert_table(meta["experts"])]
+    if shared := meta["shared"]:
+        gain = f"{100 * shared['base_dev_ndcg']:.1f} → {100 * shared['dev_ndcg']:.1f}"
+        parts.append(f"shared delta alone: {gain} (step {shared['step']}, strength {shared['strength']:g})")
+    report = meta["router"]["report"]
+    details = "; ".join(
+        f"{kind} {' '.join(f'{key} {value:.3f}' for key, value in report[kind].items())}"
+        for kind in ("centroids", "learned")
+    )
+    parts.append(f"router: {report['chosen']}, decided by {report['decided_by']} ({details})")
+    return parts
+
+
 def expert_table(experts: list[dict[str, Any]]) -> Table:
     """What each expert of a model gained on dev, over all, seen and unseen queries, and how much of it is used."""
     table = Table(
@@ -36,7 +51,10 @@ def expert_table(experts: list[dict[str, Any]]) -> Table:
     )  # fmt: skip
     for entry in experts:
         before, after = entry["base_dev_ndcg"], entry["dev_ndcg"]
-        gains = ["too few" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}" for group in after]
+        gains = [
+            "too few" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}"
+            for group in after
+        ]
         used = (str(entry["step"]), f"{entry['strength']:g}", f"{entry['shared_strength']:g}")
         table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains, *used)
     return table
