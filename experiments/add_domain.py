@@ -44,7 +44,7 @@ def main() -> None:
     if not model.is_dir():
         shutil.copytree(arguments.model, model, ignore=shutil.ignore_patterns("checkpoints"))
     new = write_domains(arguments.out / "data", per_library=600, libraries=1)
-    before = _digests(arguments.model)
+    before = digests(arguments.model)
     started = time.monotonic()
     added = moeret.add_expert(
         model,
@@ -54,7 +54,7 @@ def main() -> None:
         show_progress_bar=True,
     )
     seconds = time.monotonic() - started
-    after = _digests(model)
+    after = digests(model)
     changed = [name for name in before if before[name] != after.get(name)]
 
     old = {name: arguments.data / name for name in TRAINED}
@@ -85,7 +85,7 @@ def main() -> None:
     write_section("add-domain", "Adding a domain to a finished model", body)
 
 
-def _digests(model: Path) -> dict[str, str]:
+def digests(model: Path) -> dict[str, str]:
     """SHA-256 of every expert's files."""
     return {
         path.relative_to(model).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -95,6 +95,8 @@ class ExpertsAdd:
     """Model directory."""
     domain: Domains
     """NAME=BEIR_DIR of each new domain."""
+    label_free: bool = False
+    """Nobody has judged queries: make them from the titles and texts of corpus.jsonl, which then is all that is read."""
     config: Annotated[tyro.conf.OmitSubcommandPrefixes[TrainConfig], Flat] = field(default_factory=TrainConfig)
     json: bool = False
     """Print the model's experts as JSON."""
@@ -105,7 +107,8 @@ class ExpertsAdd:
         domains = parse_domains([item for group in self.domain for item in group])
         require(bool(domains), "there is no domain to add; give at least one --domain NAME=BEIR_DIR")
         for name, path in domains.items():
-            published = add_expert(self.model, name, path, config=self.config, show_progress_bar=not self.json)
+            options = {"label_free": self.label_free, "show_progress_bar": not self.json}
+            published = add_expert(self.model, name, path, config=self.config, **options)
         _print_experts(published.meta, self.json)
 
 
@@ -384,19 +387,10 @@ def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
             }
         )
         return
-    from moeret.evaluation.tables import expert_table
+    from moeret.evaluation.tables import model_tables
 
-    _OUT.print(expert_table(rows))
-    if meta["shared"]:
-        shared = meta["shared"]
-        gain = f"{shared['base_dev_ndcg']:.3f} -> {shared['dev_ndcg']:.3f}"
-        _OUT.print(f"shared delta alone: dev nDCG@10 {gain} (step {shared['step']}, strength {shared['strength']:g})")
-    report = router["report"]
-    details = "; ".join(
-        f"{kind} {' '.join(f'{key} {value:.3f}' for key, value in report[kind].items())}"
-        for kind in ("centroids", "learned")
-    )
-    _OUT.print(f"router: {report['chosen']}, decided by {report['decided_by']} ({details})", markup=False)
+    for part in model_tables(meta):
+        _OUT.print(part, markup=False)
 
 
 def _shown(text: str, width: int) -> str:

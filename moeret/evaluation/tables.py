@@ -28,6 +28,21 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
     return [*tables, _routing_table(report)]
 
 
+def model_tables(meta: dict[str, Any]) -> list[Table | str]:
+    """What a published model's experts, its shared delta and its routers did on dev."""
+    parts: list[Table | str] = [expert_table(meta["experts"])]
+    if shared := meta["shared"]:
+        gain = f"{100 * shared['base_dev_ndcg']:.1f} → {100 * shared['dev_ndcg']:.1f}"
+        parts.append(f"shared delta alone: {gain} (step {shared['step']}, strength {shared['strength']:g})")
+    report = meta["router"]["report"]
+    details = "; ".join(
+        f"{kind} {' '.join(f'{key} {value:.3f}' for key, value in report[kind].items())}"
+        for kind in ("centroids", "learned")
+    )
+    parts.append(f"router: {report['chosen']}, decided by {report['decided_by']} ({details})")
+    return parts
+
+
 def expert_table(experts: list[dict[str, Any]]) -> Table:
     """What each expert of a model gained on dev, over all, seen and unseen queries, and how much of it is used."""
     table = Table(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.data.beir import Domain, carve_dev, read_domain, sample, seen_queries
+from moeret.data.pairs import label_free_pairs
 from moeret.errors import DataError
 from moeret.models.embed import Embedder, cached_vectors
 from moeret.models.model import Profile
@@ -34,9 +35,16 @@ class Prepared:
     pool: Float[np.ndarray, "N D"]
 
 
-def read_domains(domains: dict[str, Path]) -> list[Domain]:
-    """Reads the train and, where there is one, the dev split of each folder; a missing dev is carved out of train."""
-    read = [read_domain(name, path, ("train",), optional=("dev",)) for name, path in domains.items()]
+def read_domains(domains: dict[str, Path], *, label_free: bool = False) -> list[Domain]:
+    """Reads the train and, where there is one, the dev split of each folder; a missing dev is carved out of train.
+
+    With `label_free` only the corpora are read, and train is made from their documents.
+    """
+    judged, optional = ((), ()) if label_free else (("train",), ("dev",))
+    read = [read_domain(name, path, judged, optional) for name, path in domains.items()]
+    if label_free:
+        for domain in read:
+            domain.splits["train"] = label_free_pairs(domain.corpus)
     for domain in read:
         if "dev" not in domain.splits:
             try:
@@ -46,9 +54,9 @@ def read_domains(domains: dict[str, Path]) -> list[Domain]:
     return read
 
 
-def source_digests(path: Path) -> dict[str, str]:
+def source_digests(path: Path, *, label_free: bool = False) -> dict[str, str]:
     """SHA-256 of every file that training reads of a BEIR folder."""
-    names = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/dev.tsv")
+    names = ("corpus.jsonl", *(() if label_free else ("queries.jsonl", "qrels/train.tsv", "qrels/dev.tsv")))
     return {name: artifact.sha256_of(path / name) for name in names if (path / name).is_file()}
 
 

@@ -89,7 +89,8 @@ def train(
         draft = Draft(out, KIND)
         for name, path in base_files(encoder.folder).items():
             draft.copy(f"base/{name}", path)
-        entries = _write_experts(draft, data, trained, config, domains)
+        requests = {name: {**to_json(config), f"domain {name}": source_digests(path)} for name, path in domains.items()}
+        entries = _write_experts(draft, data, trained, requests)
         meta = {
             "base": {"name": base, "fingerprint": encoder.fingerprint, "calibration": trained.calibration[0]},
             "tower": config.tower,
@@ -103,11 +104,18 @@ def train(
 
 
 def add_expert(
-    model: Path, name: str, domain: Path, *, config: TrainConfig | None = None, show_progress_bar: bool = False
+    model: Path,
+    name: str,
+    domain: Path,
+    *,
+    config: TrainConfig | None = None,
+    label_free: bool = False,
+    show_progress_bar: bool = False,
 ) -> Artifact:
     """Trains one more expert for a published model and refits its router; no other expert's file changes.
 
-    The other domains take part through their profiles: their documents as negatives, their queries for the router.
+    The other domains take part through their profiles: their documents as negatives, their queries for the router. With
+    `label_free` only the folder's corpus is read, and queries are made from its documents' titles and texts.
     `config`'s tower and expert shape are the model's. Continues a run that was cut off, as `train` does.
 
     Raises:
@@ -126,8 +134,8 @@ def add_expert(
             asked, has = getattr(config, field), getattr(own, field)
             require(asked in (default, has), f"every expert of {model} has {field} {has}; it cannot be {asked}")
         config = dataclasses.replace(config, tower=own.tower, expert=own.expert)
-        read = read_domains({name: domain})
-        request = {**to_json(config), f"domain {name}": source_digests(domain)}
+        read = read_domains({name: domain}, label_free=label_free)
+        request = {**to_json(config), f"domain {name}": source_digests(domain, label_free=label_free)}
         if name in loaded.experts:
             entry = published.meta["experts"][loaded.experts.index(name)]
             require(
@@ -150,7 +158,7 @@ def add_expert(
         shared = read_shared(published).delta if published.meta["shared"] else None
         trained = learn(data, embedder, shared, config, work, show_progress_bar=show_progress_bar)
         draft = Draft(model, KIND)
-        entries = [*published.meta["experts"], *_write_experts(draft, data, trained, config, {name: domain})]
+        entries = [*published.meta["experts"], *_write_experts(draft, data, trained, {name: request})]
         finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
         shutil.rmtree(work)
         return finished
@@ -226,7 +234,7 @@ def _write_shared(draft: Draft, shared: LearnedShared) -> dict[str, Any]:
 
 
 def _write_experts(
-    draft: Draft, data: Prepared, trained: Learned, config: TrainConfig, domains: dict[str, Path]
+    draft: Draft, data: Prepared, trained: Learned, requests: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     entries = []
     for number, own in enumerate(data.domains):
@@ -248,7 +256,7 @@ def _write_experts(
                 "strength": float(trained.strengths.own[number]),
                 "shared_strength": float(trained.strengths.shared[number]),
                 "calibration": trained.calibration[number + 1],
-                "request": {**to_json(config), f"domain {own.name}": source_digests(domains[own.name])},
+                "request": requests[own.name],
             }
         )
     return entries

@@ -175,6 +175,21 @@ def test_a_damaged_checkpoint_is_named(two_domains, base_folder, short, tmp_path
         moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
 
 
+def test_an_expert_can_be_added_from_a_corpus_alone(model_folder, domains, short, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    (tmp_path / "river").mkdir()
+    shutil.copy(domains["river"] / "corpus.jsonl", tmp_path / "river")
+    with pytest.raises(moeret.DataError, match="needs judged queries"):
+        moeret.add_expert(tmp_path / "m", "river", tmp_path / "river", config=short)
+    added = moeret.add_expert(tmp_path / "m", "river", tmp_path / "river", config=short, label_free=True)
+    entry = added.meta["experts"][-1]
+    assert (entry["name"], entry["documents"]) == ("river", 12) and 0 < entry["train_queries"] < 12
+    assert entry["dev_ndcg"]["all"] >= entry["base_dev_ndcg"]["all"]
+    moeret.build_index(tmp_path / "m", tmp_path / "index", {"river": tmp_path / "river"})
+    with pytest.raises(moeret.ConfigError, match="made from other data or settings"):
+        moeret.add_expert(tmp_path / "m", "river", domains["river"], config=short)
+
+
 def test_adding_and_removing_an_expert_leaves_the_others_alone(model_folder, domains, short, tmp_path):
     shutil.copytree(model_folder, tmp_path / "m")
     before, old = digests(tmp_path / "m"), moeret.Model.load(tmp_path / "m")
