@@ -43,9 +43,9 @@ QUICK = ("attack-cti", "esco-jobs", "conala")
 RATES = (1e-3,)
 """Learning rates that the multi-task rival may choose from, on dev; the other seeds take the first's choice. At its rank
 2e-3 diverges."""
-MINIMA = (0.3, 0.03, 0.01, 0.003, 0.001)
+MINIMA = (0.3, 0.03, 0.001)
 """Least probabilities of an expert to be used, for the curve of quality against cost."""
-VOTES = 200
+VOTES = 100
 """Training queries a domain that vote for RouterRetriever's pilots."""
 
 
@@ -63,6 +63,8 @@ class Arguments:
     """Of our training."""
     precision: moeret.config.Precision = "bfloat16"
     """Of all trainings' products."""
+    queries: int | None = None
+    """Test queries a domain at most (a fixed pseudo-random choice); all unless given."""
     rival: bool = True
     """Train and score the multi-task rival too, which takes as long as all the rest."""
     quick: bool = False
@@ -83,7 +85,15 @@ def main() -> None:
     for seed in range(1 if arguments.quick else arguments.seeds):
         place = out / f"seed-{seed}"
         rates = () if not arguments.rival else (rate,) if rate else RATES[-1:] if arguments.quick else RATES
-        found, rate = run_seed(place, trained, strangers, dataclasses.replace(ours, seed=seed), rates, first=seed == 0)
+        found, rate = run_seed(
+            place,
+            trained,
+            strangers,
+            dataclasses.replace(ours, seed=seed),
+            rates,
+            queries=arguments.queries,
+            first=seed == 0,
+        )
         scores.append(found)
     write_report(scores, names, foreign, dataclasses.asdict(ours), rate, out=None if arguments.quick else out)
 
@@ -123,6 +133,7 @@ def run_seed(
     ours: TrainConfig,
     rates: tuple[float, ...],
     *,
+    queries: int | None,
     first: bool,
 ) -> tuple[dict[str, Any], float | None]:
     """Trains, indexes and scores everything of one seed; returns its scores and the rival's best learning rate."""
@@ -150,27 +161,39 @@ def run_seed(
     timed("index", lambda: moeret.build_index(place / "model", index, trained, corpora, show_progress_bar=True))
     retriever = moeret.Retriever.load(index)
 
+    suffix = "" if queries is None else f"-{queries}-queries"
+
     def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if not file.is_file():
             scored = timed("evaluate", make)
             file.write_text(json.dumps(scored | {"seconds": seconds, "experts": model.meta["experts"]}))
         return json.loads(file.read_text())
 
-    scores = kept(place / "scores.json", lambda: evaluate(retriever, trained, foreign, first=first))
+    scores = kept(place / f"scores{suffix}.json", lambda: evaluate(retriever, trained, foreign, queries, first=first))
     if rate is not None:
         rival = moeret.Model.load(place / f"multi-task-{rate:g}")
-        own = kept(place / f"scores-{rate:g}.json", lambda: evaluate_rival(retriever, rival, {**trained, **foreign}))
+        own = kept(
+            place / f"scores-{rate:g}{suffix}.json",
+            lambda: evaluate_rival(retriever, rival, {**trained, **foreign}, queries),
+        )
         scores["systems"] |= own["systems"]
         scores |= {"multi_task_dev": rivals, "multi_task": rival.published.meta["request"]}
     return scores, rate
 
 
-def evaluate_rival(retriever: moeret.Retriever, rival: moeret.Model, domains: dict[str, Path]) -> dict[str, Any]:
+def evaluate_rival(
+    retriever: moeret.Retriever, rival: moeret.Model, domains: dict[str, Path], queries: int | None
+) -> dict[str, Any]:
     """Scores one delta for all domains, compared exactly with the whole pool."""
     system = exact_system(retriever, _encoder(rival, SHARED_EXPERT))
-    tests = read_test_sets(retriever, domains, "test")
+    tests = _tests(retriever, domains, queries)
     ranked = {test.name: search_system(system, test, lambda count: None) for test in tests}
     return {"systems": {"multi-task": {"values": _values(score(tests, ranked).values)}}}
+
+
+def _tests(retriever: moeret.Retriever, domains: dict[str, Path], most: int | None) -> list[TestSet]:
+    tests = read_test_sets(retriever, domains, "test")
+    return [dataclasses.replace(test, judged=sample(test.judged, most)) for test in tests] if most else tests
 
 
 def _encoder(model: moeret.Model, expert: str | None) -> Callable:
@@ -186,11 +209,11 @@ def _values(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str
 
 
 def evaluate(
-    retriever: moeret.Retriever, trained: dict[str, Path], foreign: dict[str, Path], *, first: bool
+    retriever: moeret.Retriever, trained: dict[str, Path], foreign: dict[str, Path], most: int | None, *, first: bool
 ) -> dict[str, Any]:
     """Scores every system on the test queries of all domains; what no seed changes, and the curve, for the first only."""
     model = retriever.model
-    tests = read_test_sets(retriever, {**trained, **foreign}, "test")
+    tests = _tests(retriever, {**trained, **foreign}, most)
     home = [test for test in tests if test.name in trained]
     train_splits = {domain.name: domain.splits["train"] for domain in read_domains(trained)}
     queries = sum(len(test.judged.queries) for test in tests)

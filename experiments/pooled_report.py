@@ -35,9 +35,10 @@ def write_report(
     table = {label: _values(scores, label, NDCG) for label in ORDER if label in scores[0]["systems"]}
     recall = {label: _values(scores, label, RECALL) for label in table}
     seen = {name: np.array(own) for name, own in scores[0]["seen"].items()}
+    most = max(len(own) for own in seen.values())
     parts = [
         _setup(scores, names, foreign, config, rate),
-        f"{NDCG} x 100 on the test queries, which say nothing of their domain, over one pool of "
+        f"{NDCG} x 100 on the test queries (at most {most} a domain), which say nothing of their domain, over one pool of "
         f"{scores[0]['documents']:,} documents; means over {len(scores)} seeds:\n\n"
         + _by_domain(table, recall, names, foreign, seen),
         _spread(scores, table, names),
