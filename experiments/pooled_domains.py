@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from experiments.pooled_report import write_report
 from moeret.config import TrainConfig
 from moeret.data.beir import sample, seen_queries
 from moeret.evaluation.baselines import System, bm25_system, exact_system, fused_system
-from moeret.evaluation.benchmark import Found, cost, router_report, search_route, search_system
+from moeret.evaluation.benchmark import cost, router_report, search_route, search_system
 from moeret.evaluation.testsets import TestSet, read_test_sets, score
 from moeret.metrics import NDCG, RECALL
 from moeret.progress import progress_bar
+from moeret.retrieval.search import Rankings
 from moeret.training.prepare import read_domains
 from moeret.types import SHARED_EXPERT
 
@@ -41,9 +42,9 @@ TRAINED = (
 )  # fmt: skip
 FOREIGN = ("cranfield", "cisi", "cacm")
 QUICK = ("attack-cti", "esco-jobs", "conala")
-RATES = (1e-3,)
-"""Learning rates that the multi-task rival may choose from, on dev; the other seeds take the first's choice. At its rank
-2e-3 diverges."""
+RIVALS = ((None, 1e-3), (None, 5e-4), (64, 2e-3))
+"""(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
+other seeds take the first's choice. At the large rank 2e-3 diverges."""
 MINIMA = (0.3, 0.03, 0.001)
 """Least probabilities of an expert to be used, for the curve of quality against cost."""
 VOTES = 100
@@ -66,8 +67,8 @@ class Arguments:
     """Of all trainings' products."""
     queries: int | None = None
     """Test queries a domain at most (a fixed pseudo-random choice); all unless given."""
-    rival: bool = True
-    """Train and score the multi-task rival too, which takes as long as all the rest."""
+    rivals: int = len(RIVALS)
+    """How many multi-task rivals are tried; each takes about as long as our whole training."""
     quick: bool = False
     """Three domains, short trainings, one seed; to see that it works."""
 
@@ -82,21 +83,20 @@ def main() -> None:
     out = arguments.out / "quick" if arguments.quick else arguments.out
     trained = {name: arguments.data / name for name in names}
     strangers = {name: named_apart(name, arguments.data / name, out / "foreign" / name) for name in foreign}
-    scores, rate = [], None
+    scores, tried = [], [RIVALS[-1]] if arguments.quick else list(RIVALS[: arguments.rivals])
     for seed in range(1 if arguments.quick else arguments.seeds):
         place = out / f"seed-{seed}"
-        rates = () if not arguments.rival else (rate,) if rate else RATES[-1:] if arguments.quick else RATES
-        found, rate = run_seed(
+        found, tried = run_seed(
             place,
             trained,
             strangers,
             dataclasses.replace(ours, seed=seed),
-            rates,
+            tried,
             queries=arguments.queries,
             first=seed == 0,
         )
         scores.append(found)
-    write_report(scores, names, foreign, dataclasses.asdict(ours), rate, out=None if arguments.quick else out)
+    write_report(scores, names, foreign, dataclasses.asdict(ours), out=None if arguments.quick else out)
 
 
 def named_apart(name: str, source: Path, out: Path) -> Path:
@@ -113,8 +113,8 @@ def named_apart(name: str, source: Path, out: Path) -> Path:
     return out
 
 
-def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rate: float) -> TrainConfig:
-    """One delta as large as the shared one and all experts together, trained for as many steps as they all."""
+def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rank: int | None, rate: float) -> TrainConfig:
+    """One delta trained for as many steps as the shared one and all experts, as large as they all unless a rank is given."""
     steps = [min(ours.steps, math.ceil(ours.epochs * own["train_queries"] / ours.batch_size)) for own in experts]
     return dataclasses.replace(
         ours,
@@ -122,7 +122,7 @@ def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rate: float) ->
         shared_steps=ours.shared_steps + math.ceil(sum(steps) / len(steps)),
         learning_rate=rate,
         expert=dataclasses.replace(
-            ours.expert, rank=1, shared_rank=ours.expert.shared_rank + len(experts) * ours.expert.rank
+            ours.expert, rank=1, shared_rank=rank or ours.expert.shared_rank + len(experts) * ours.expert.rank
         ),
     )
 
@@ -132,12 +132,12 @@ def run_seed(
     trained: dict[str, Path],
     foreign: dict[str, Path],
     ours: TrainConfig,
-    rates: tuple[float, ...],
+    tried: Sequence[tuple[int | None, float]],
     *,
     queries: int | None,
     first: bool,
-) -> tuple[dict[str, Any], float | None]:
-    """Trains, indexes and scores everything of one seed; returns its scores and the rival's best learning rate."""
+) -> tuple[dict[str, Any], list[tuple[int | None, float]]]:
+    """Trains, indexes and scores everything of one seed; returns its scores and the best of the rivals tried."""
     seconds = {}
 
     def timed(name: str, make: Callable[[], Any]) -> Any:
@@ -148,15 +148,14 @@ def run_seed(
 
     model = timed("train", lambda: moeret.train(trained, place / "model", config=ours, show_progress_bar=True))
     rivals = {}
-    for rate in rates:
-        config = multi_task(ours, model.meta["experts"], rate)
-        folder = place / f"multi-task-{rate:g}"
+    for rank, rate in tried:
+        config = multi_task(ours, model.meta["experts"], rank, rate)
+        name = f"multi-task-{config.expert.shared_rank}-{rate:g}"
         made = timed(
-            f"train multi-task {rate:g}",
-            lambda config=config, folder=folder: moeret.train(trained, folder, config=config, show_progress_bar=True),
+            f"train {name}",
+            lambda config=config, name=name: moeret.train(trained, place / name, config=config, show_progress_bar=True),
         )
-        rivals[rate] = made.meta["shared"]["dev_ndcg"]
-    rate = max(rivals, key=rivals.get, default=None)
+        rivals[name] = made.meta["shared"]["dev_ndcg"]
     corpora = [path / "corpus.jsonl" for path in foreign.values()]
     index = place / "index"
     timed("index", lambda: moeret.build_index(place / "model", index, trained, corpora, show_progress_bar=True))
@@ -171,15 +170,17 @@ def run_seed(
         return json.loads(file.read_text())
 
     scores = kept(place / f"scores{suffix}.json", lambda: evaluate(retriever, trained, foreign, queries, first=first))
-    if rate is not None:
-        rival = moeret.Model.load(place / f"multi-task-{rate:g}")
-        own = kept(
-            place / f"scores-{rate:g}{suffix}.json",
-            lambda: evaluate_rival(retriever, rival, {**trained, **foreign}, queries),
-        )
-        scores["systems"] |= own["systems"]
-        scores |= {"multi_task_dev": rivals, "multi_task": rival.published.meta["request"]}
-    return scores, rate
+    if not rivals:
+        return scores, []
+    best = max(rivals, key=rivals.get)
+    rival = moeret.Model.load(place / best)
+    own = kept(
+        place / f"scores-{best}{suffix}.json",
+        lambda: evaluate_rival(retriever, rival, {**trained, **foreign}, queries),
+    )
+    scores["systems"] |= own["systems"]
+    scores["multi-task"] = {"taken": best, "dev": rivals, "steps": config.shared_steps}
+    return scores, [tried[[*rivals].index(best)]]
 
 
 def evaluate_rival(
@@ -224,7 +225,7 @@ def evaluate(
         def run(label: str, ranked: dict[str, list], sets: list[TestSet] = tests, **more: Any) -> None:
             systems[label] = {"values": _values(score(sets, ranked).values), **more}
 
-        def route(label: str, mode: str, sets: list[TestSet] = tests) -> dict[str, Found]:
+        def route(label: str, mode: str, sets: list[TestSet] = tests) -> dict[str, Rankings]:
             found = {
                 test.name: search_route(retriever, test, test.name if mode == "oracle" else mode, bar) for test in sets
             }
@@ -282,7 +283,7 @@ def evaluate(
     }
 
 
-def _only(found: dict[str, Found], sets: list[TestSet]) -> dict[str, Found]:
+def _only(found: dict[str, Rankings], sets: list[TestSet]) -> dict[str, Rankings]:
     return {test.name: found[test.name] for test in sets}
 
 

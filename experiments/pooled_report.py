@@ -27,7 +27,6 @@ def write_report(
     names: Sequence[str],
     foreign: Sequence[str],
     config: Mapping[str, Any],
-    rate: float | None,
     *,
     out: Path | None,
 ) -> None:
@@ -37,7 +36,7 @@ def write_report(
     seen = {name: np.array(own) for name, own in scores[0]["seen"].items()}
     most = max(len(own) for own in seen.values())
     parts = [
-        _setup(scores, names, foreign, config, rate),
+        _setup(scores, names, foreign, config),
         f"{NDCG} x 100 on the test queries (at most {most} a domain), which say nothing of their domain, over one pool of "
         f"{scores[0]['documents']:,} documents; means over {len(scores)} seeds:\n\n"
         + _by_domain(table, recall, names, foreign, seen),
@@ -65,18 +64,19 @@ def mean_over(values: Values, names: Sequence[str], mask: Mapping[str, np.ndarra
     return float(np.mean([own.mean() for own in kept if mask is None or len(own) >= LEAST_QUERIES]))
 
 
-def _setup(scores, names, foreign, config, rate) -> str:
+def _setup(scores, names, foreign, config) -> str:
     first = scores[0]
     shared = config["expert"]["shared_rank"]
     rank = config["expert"]["rank"]
-    if rate is None:
+    if "multi-task" not in first:
         rival = "- multi-task: left out of this run; the shared delta alone has had half of our steps and of our size\n"
     else:
-        tried = ", ".join(f"{float(key):g} -> dev {100 * value:.1f}" for key, value in first["multi_task_dev"].items())
+        own = first["multi-task"]
+        tried = ", ".join(f"{key} {100 * value:.1f}" for key, value in own["dev"].items())
         rival = (
-            f"- multi-task: one delta of rank {shared + len(names) * rank}, as many steps in all as we take "
-            f"({first['multi_task']['shared_steps']} a domain), its own best strength on dev and its own best learning rate "
-            f"({tried}; taken: {rate:g}), compared exactly with the whole pool\n"
+            f"- multi-task: one delta, {own['steps']} steps a domain, as many as we take in all, at its own best strength, "
+            f"compared exactly with the whole pool; rank {shared + len(names) * rank} has as many parameters as all of ours. "
+            f"Best on dev of {tried} (rank, learning rate): {own['taken']}\n"
         )
     return (
         f"Trained: {', '.join(names)}. Foreign, without any training data: {', '.join(foreign)}.\n\n"

@@ -211,8 +211,9 @@ class Search:
         from moeret.retrieval.search import Retriever
 
         route, experts = ("all", None) if self.experts == "all" else ("auto", _whole(self.experts))
-        found = Retriever.load(self.index).search_detailed([self.query], self.k, route=route, experts=experts)
-        hits, routed = found.hits[0], found.routes[0]
+        retriever = Retriever.load(self.index)
+        found = retriever.rank([self.query], self.k, route=route, experts=experts)
+        [hits], [routed] = retriever.hits(found), found.routes
         if self.json:
             fields = ("rank", "id", "score", "expert", "title", "text")
             _print_json(

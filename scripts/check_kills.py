@@ -42,7 +42,7 @@ def main() -> None:
         folder = Path(scratch)
         domains = write_domains(folder / "data", per_library=120, libraries=2)
         named = ["--domain", *(f"{name}={path}" for name, path in domains.items())]
-        train = ["train", *named, "--steps", "12", "--batch-size", "16", "--evaluate-every", "3"]
+        train = ["train", *named, "--steps", "12", "--shared-steps", "6", "--batch-size", "16", "--evaluate-every", "3"]
         index = ["index", str(folder / "train-undisturbed"), *named, "--exact-below", "100"]
         rows = []
         for name, command in (("train", train), ("index", index)):

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 import moeret
 from moeret import cli, metrics
 
-FAST = ("--steps", "6", "--batch-size", "16", "--evaluate-every", "3", "--expert.rank", "8", "--expert.layers", "2")
+FAST = ("--steps", "6", "--shared-steps", "3", "--batch-size", "16", "--evaluate-every", "3")
+FAST += ("--expert.rank", "8", "--expert.layers", "2")
 QUERY = "find the metal nick10"
 
 
@@ -429,8 +430,6 @@ def test_what_goes_wrong_becomes_one_line_and_a_code(monkeypatch, chain, error, 
 
 
 def test_a_run_that_cannot_be_written_is_refused_before_any_search(tmp_path, monkeypatch, chain, domains):
-    monkeypatch.setattr(
-        "moeret.retrieval.search.Retriever.search_detailed", lambda *rest, **more: pytest.fail("searched")
-    )
+    monkeypatch.setattr("moeret.retrieval.search.Retriever.rank", lambda *rest, **more: pytest.fail("searched"))
     ran = run("evaluate", chain.index, *pairs(domains), "--run", tmp_path / "nowhere" / "run.trec", "--json")
     assert_fails(ran, "nowhere/run.trec", "there is no directory")

@@ -1,7 +1,6 @@
 """The pooled benchmark: one index holds all domains, queries say nothing of theirs, and every domain is reported."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,9 @@ from moeret.evaluation.baselines import System, base_system, bm25_system
 from moeret.evaluation.testsets import DEPTH, Ranked, Result, TestSet, one_run, read_test_sets, score
 from moeret.metrics import NDCG
 from moeret.progress import Advance, progress_bar
-from moeret.retrieval.search import Retriever
-from moeret.types import Route
+from moeret.retrieval.search import Rankings, Retriever
 
 _QUERIES_AT_ONCE = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a route found for one test set's queries, and what each touched."""
-
-    ranked: list[Ranked]
-    indexes: list[tuple[str, ...]]
-    routes: list[Route]
 
 
 def evaluate(
@@ -125,10 +114,10 @@ def score_run(run_file: Path, domains: dict[str, Path], *, split: str = "test") 
     return {"split": split, "domains": result.table(), "mean": result.mean()}
 
 
-def search_route(retriever: Retriever, test: TestSet, route: str, advance: Advance) -> Found:
+def search_route(retriever: Retriever, test: TestSet, route: str, advance: Advance) -> Rankings:
     """Searches a test set's queries by one route of the retriever."""
     texts = [*test.judged.queries.values()]
-    found = Found([], [], [])
+    found = Rankings([], [], [])
     for start in range(0, len(texts), _QUERIES_AT_ONCE):
         chunk = texts[start : start + _QUERIES_AT_ONCE]
         part = retriever.rank(chunk, DEPTH + 1, route=route)
@@ -149,7 +138,7 @@ def search_system(system: System, test: TestSet, advance: Advance) -> list[Ranke
     return ranked
 
 
-def router_report(retriever: Retriever, sets: Sequence[TestSet], searched: dict[str, Found]) -> dict[str, Any]:
+def router_report(retriever: Retriever, sets: Sequence[TestSet], searched: dict[str, Rankings]) -> dict[str, Any]:
     """Accuracy over the queries whose domain has an expert, every domain weighing the same; abstained over all."""
     right, abstained = [], []
     for test in sets:
@@ -161,7 +150,7 @@ def router_report(retriever: Retriever, sets: Sequence[TestSet], searched: dict[
     return {"accuracy": float(np.mean(right)) if right else None, "abstained": float(np.mean(abstained))}
 
 
-def cost(retriever: Retriever, searched: dict[str, Found]) -> dict[str, float]:
+def cost(retriever: Retriever, searched: dict[str, Rankings]) -> dict[str, float]:
     """Indexes, and share of all documents, within reach of a query; mean over domains."""
     total = sum(retriever.sizes.values())
     per_domain = [

@@ -62,7 +62,9 @@ class TestSet:
             name = self.names[row]
             if not (itself and name == query) and name not in run:
                 run[name] = score
-        return dict(list(run.items())[:depth])
+            if len(run) == depth:
+                break
+        return run
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,8 @@ from moeret.data.buckets import Batch, length_batches, pad, standard_edges
 from moeret.models.encoder import mean_token
 from moeret.models.experts import Bank, Mixture, Shared, gather, trunk_layers
 from moeret.models.pretrained import Base
-from moeret.models.router import Reads
+from moeret.models.router import Choice, Reads, Router
 from moeret.progress import Advance
-
-Choose = Callable[[Float[np.ndarray, "B D"]], tuple[Int[np.ndarray, "B S"], Float[np.ndarray, "B S"]]]
-"""From what a router reads of queries to each one's experts and weights."""
 
 _CHUNK = 2048
 """Texts tokenised, embedded and cached at a time."""
@@ -123,26 +120,26 @@ class Embedder:
     def routed(
         self,
         texts: Sequence[str],
-        reads: Reads,
-        choose: Choose,
+        router: Router,
         *,
         normalize: bool = True,
         advance: Advance | None = None,
-    ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
-        """(what the router read, merged embeddings); the trunk is read once for both.
-
-        `choose` sees what the router reads of a batch and returns each row's experts and weights; rows without any are
-        embedded by the base.
-        """
-        read, merged = (np.empty((len(texts), self.width), np.float32) for _ in range(2))
+    ) -> tuple[Choice, Float[np.ndarray, "N D"]]:
+        """(what the router chose, embeddings by the merged experts); the trunk is read once for both."""
+        merged = np.empty((len(texts), self.width), np.float32)
+        order, choices = [np.empty(0, np.int64)], [router.choose(merged[:0])]
         for start, ids, batch in self._batches(texts):
             rows = start + batch.rows
             x, mean, lengths = self._run_trunk(ids, batch)
-            read[rows] = self._reading(reads, x, mean, lengths)[: len(rows)]
-            merged[rows] = self._run_branch(x, lengths, *choose(read[rows]))[: len(rows)]
+            choice = router.choose(self._reading(router.reads, x, mean, lengths)[: len(rows)])
+            merged[rows] = self._run_branch(x, lengths, choice.experts, choice.weights)[: len(rows)]
+            order.append(rows)
+            choices.append(choice)
             if advance:
                 advance(len(rows))
-        return read, _unit_rows(merged) if normalize else merged
+        back = np.argsort(np.concatenate(order))
+        choice = Choice(*(np.concatenate(field)[back] for field in zip(*choices, strict=True)))
+        return choice, _unit_rows(merged) if normalize else merged
 
     def _reading(self, reads: Reads, x: Array, mean: Array, lengths: Array) -> np.ndarray:
         return np.asarray(mean) if reads == "trunk" else _unit_rows(self._run_base(x, lengths))
@@ -163,16 +160,14 @@ class Embedder:
     def _run_branch(self, x: Array, lengths: Array, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
         if not weights.any():
             return self._run_base(x, lengths)
-        # Slots that no row uses cost a gather all the same: round those in use up to a power of two.
-        used = int(np.flatnonzero(weights.any(axis=0)).max(initial=0)) + 1
-        slots = min(1 << (used - 1).bit_length(), weights.shape[1])
-        experts, weights = experts[:, :slots], weights[:, :slots]
-        spare = ((0, x.shape[0] - len(experts)), (0, 0))
-        experts, weights = np.pad(experts, spare).astype(np.int32), np.pad(weights, spare).astype(np.float32)
-        under = np.zeros(len(weights), np.float32)
+        used = np.unique(experts[weights != 0])
+        width = 1 << (len(used) - 1).bit_length()  # rounded up to a power of two, so that few programs are compiled
+        own, under = np.zeros((x.shape[0], width), np.float32), np.zeros(x.shape[0], np.float32)
+        rows, slots = np.nonzero(weights)
+        np.add.at(own, (rows, np.searchsorted(used, experts[rows, slots])), weights[rows, slots])
         if self._strengths is not None:
-            under = (weights * self._strengths[experts]).sum(axis=1)
-        mixture = jax.device_put(Mixture(experts, weights, under))
+            under = own[:, : len(used)] @ self._strengths[used]
+        mixture = jax.device_put(Mixture(np.pad(used, (0, width - len(used))).astype(np.int32), own, under))
         return np.asarray(
             _branch(
                 self.base_encoder.graph, self.trunk_layers, self._params, self.bank, self._shared, x, lengths, mixture

@@ -1,7 +1,7 @@
 """The base: a BERT-family transformer encoder as a flax nnx module.
 
 It runs in two halves so that a query's lower layers are computed once: `trunk` up to the first layer that experts
-change, and `branch` from there to the pooled embedding, with each row's expert deltas added to the matrices.
+change, and `branch` from there to the pooled embedding, with each row's mix of deltas added to the matrices.
 """
 
 import functools
@@ -23,10 +23,8 @@ ACTIVATIONS = {
 _MASKED = -1e9
 
 Deltas = Mapping[str, Mapping[str, Mapping[str, Array]]]
-"""layer -> matrix -> {"a": [B, D_in, R], "b": [B, R, D_out]} for each row, or without B for one that all rows have in common.
-
-A delta under them has its factors as "shared_a" and "shared_b", and each row's weight as "shared_weight" [B, 1, 1].
-"""
+"""layer -> matrix -> low-rank factors {"a": [D_in, C], "b": [C, D_out]}; "weights" [B, 1, C], if given, say how much of
+each column a row takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +66,9 @@ def _project(linear: nnx.Linear, x: Array, delta: Mapping[str, Array] | None) ->
     y = _frozen_product(x, kernel) + linear.bias[...][None, None]
     if delta is None:
         return y
-    if "shared_a" in delta:
-        y += delta["shared_weight"] * _common_low_rank(kernel.dtype, x, delta["shared_a"], delta["shared_b"])
-    if delta["a"].ndim == 3:
-        return y + _dot(_dot(x, delta["a"], kernel.dtype), delta["b"], kernel.dtype)
-    return y + _common_low_rank(kernel.dtype, x, delta["a"], delta["b"])
+    if "weights" in delta:
+        return y + _dot(_dot(x, delta["a"], kernel.dtype) * delta["weights"], delta["b"], kernel.dtype)
+    return y + _low_rank(kernel.dtype, x, delta["a"], delta["b"])
 
 
 def _dot(x: Array, y: Array, dtype: jnp.dtype) -> Array:
@@ -97,7 +93,7 @@ _frozen_product.defvjp(_frozen_forward, _frozen_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _common_low_rank(
+def _low_rank(
     dtype: jnp.dtype, x: Float[Array, "B L I"], a: Float[Array, "I R"], b: Float[Array, "R O"]
 ) -> Float[Array, "B L O"]:
     """X a b, with the gradients' products ordered so that only [tokens, R] arrays are transposed.
@@ -121,7 +117,7 @@ def _low_rank_backward(dtype, residuals: tuple[Array, Array, Array, Array], g: A
     return _dot(g_h, a.T, dtype), da, db
 
 
-_common_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class Layer(nnx.Module):
@@ -192,7 +188,7 @@ class Encoder(nnx.Module):
     def branch(
         self, x: Float[Array, "B L D"], lengths: Int[Array, "B"], layers: int, deltas: Deltas
     ) -> Float[Array, "B D"]:
-        """Embeddings from hidden states after `layers` layers, each row with its own expert deltas."""
+        """Embeddings from hidden states after `layers` layers, with deltas on the upper ones."""
         bias = _attention_bias(lengths, x.shape[1])
         for number, layer in enumerate(self.layers[layers:], start=layers):
             x = layer(x, bias, deltas.get(f"layer_{number:02d}", {}))

@@ -1,10 +1,11 @@
 """The expert bank: low-rank experts stacked along one axis, mixed row by row inside one program.
 
 A bank maps layer -> matrix -> {"a": [E, D_in, R], "b": [E, R, D_out]}. For a row with experts e_s and weights w_s, a
-matrix W acts as W + sum_s w_s a[e_s] b[e_s] (LoRA, arXiv 2106.09685, without its constant scale). Gathering each row's
-factors makes the cost depend on the slots S, not on the number of experts E; expert 0 is all zeros, the base. Beneath
-the experts may lie one shared delta, learned from all domains: what they have in common, so that each only learns
-what is its own (cf. Twin-Merging, NeurIPS 2024).
+matrix W acts as W + sum_s w_s a[e_s] b[e_s] (LoRA, arXiv 2106.09685, without its constant scale). The factors of the
+experts that a batch uses stand side by side as the columns of one product, of which each row takes its own: cheaper than
+copying factors for every row, and the cost depends on the experts in use, not on all there are. Expert 0 is all zeros, the
+base. Beneath the experts may lie one shared delta, learned from all domains: what they have in common, so that each only
+learns what is its own (cf. Twin-Merging, NeurIPS 2024).
 """
 
 from collections.abc import Sequence
@@ -24,11 +25,11 @@ Bank = dict[str, dict[str, Factors]]
 
 
 class Mixture(NamedTuple):
-    """Which experts each row of a batch mixes, and how strongly; unused slots have weight 0."""
+    """Which experts a batch uses, and how strongly each of its rows mixes them, and the shared delta."""
 
-    experts: Int[Array, "B S"]
-    weights: Float[Array, "B S"]
-    shared: Float[Array, "B"]  # how strongly the shared delta acts
+    experts: Int[Array, "U"]
+    weights: Float[Array, "B U"]
+    shared: Float[Array, "B"]
 
 
 class Shared(NamedTuple):
@@ -89,25 +90,23 @@ def take(bank: Bank, expert: int) -> Bank:
 
 
 def gather(bank: Bank, shared: Bank | None, mixture: Mixture) -> Deltas:
-    """Each row's mixed factors: {"a": [B, D_in, S*R], "b": [B, S*R, D_out]}, the weights folded into `b`.
+    """The used experts' factors side by side, the shared delta's behind them, and how much of each column a row takes.
 
-    With a shared delta also its factors, which all rows have in common, and each row's weight for it.
+    {"a": [D_in, C], "b": [C, D_out], "weights": [B, 1, C]} with C = U * R, and the shared rank if there is one.
     """
-    rows, slots = mixture.experts.shape
 
     def gather_matrix(layer: str, matrix: str) -> dict[str, Array]:
         factors = bank[layer][matrix]
-        _, d_in, rank = factors["a"].shape
-        a = factors["a"][mixture.experts]  # [B, S, D_in, R]
-        b = factors["b"][mixture.experts] * mixture.weights[:, :, None, None]  # [B, S, R, D_out]
-        own = {
-            "a": jnp.moveaxis(a, 1, 2).reshape(rows, d_in, slots * rank),
-            "b": b.reshape(rows, slots * rank, b.shape[-1]),
-        }
-        if shared is None:
-            return own
-        under = shared[layer][matrix]
-        return own | {"shared_a": under["a"], "shared_b": under["b"], "shared_weight": mixture.shared[:, None, None]}
+        a, b = factors["a"][mixture.experts], factors["b"][mixture.experts]
+        used, d_in, rank = a.shape
+        a, b = jnp.moveaxis(a, 1, 0).reshape(d_in, used * rank), b.reshape(used * rank, b.shape[-1])
+        weights = jnp.repeat(mixture.weights, rank, axis=1)
+        if shared is not None:
+            under = shared[layer][matrix]
+            a, b = jnp.concatenate([a, under["a"]], axis=1), jnp.concatenate([b, under["b"]])
+            columns = jnp.broadcast_to(mixture.shared[:, None], (len(weights), len(under["b"])))
+            weights = jnp.concatenate([weights, columns], axis=1)
+        return {"a": a, "b": b, "weights": weights[:, None]}
 
     return {layer: {matrix: gather_matrix(layer, matrix) for matrix in matrices} for layer, matrices in bank.items()}
 

@@ -19,7 +19,7 @@ from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.familiarity import Familiarity
 from moeret.models.pretrained import Base, find_base, load_base
-from moeret.models.router import Router
+from moeret.models.router import Choice, Router
 from moeret.progress import progress_bar
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Route
 
@@ -126,8 +126,7 @@ class Model:
         if not (isinstance(expert, str) and expert == "auto"):
             return self._encode(texts, *self.mixture(expert, len(texts)), normalize, show_progress_bar)
         with progress_bar("Encoding", len(texts), shown=show_progress_bar, unit="texts") as advance:
-            router = self._router()
-            return self.embedder.routed(texts, router.reads, router.weights_of, normalize=normalize, advance=advance)[1]
+            return self.embedder.routed(texts, self._router(), normalize=normalize, advance=advance)[1]
 
     def encode_document(
         self,
@@ -167,17 +166,17 @@ class Model:
         check_texts(queries)
         router = self._router()
         read = self.embedder.readings(self.with_prompt(queries, "query"), reads=router.reads)
-        return self.routes(read, router)
+        return self.routes(router.choose(read))
 
-    def routes(self, read: Float[np.ndarray, "Q D"], router: Router) -> list[Route]:
-        """The routes that a router of this model makes of what it reads of queries."""
+    def routes(self, choice: Choice) -> list[Route]:
+        """What a router of this model chose, by the experts' names."""
         return [
             Route(
                 probabilities=dict(zip(self.experts, map(float, row), strict=True)),
                 experts={self.experts[e - 1]: float(w) for e, w in zip(own, share, strict=True) if w > 0},
                 abstained=bool(gone),
             )
-            for row, own, share, gone in zip(*router.choose(read), strict=True)
+            for row, own, share, gone in zip(*choice, strict=True)
         ]
 
     def _router(self) -> Router:

@@ -31,7 +31,10 @@ def half(readings: Float[np.ndarray, "Q D2"], reads: Reads) -> Float[np.ndarray,
 
 
 class Choice(NamedTuple):
-    """What a router makes of queries: experts counted from 1, best first, and their weights, 0 where one is not used."""
+    """What a router makes of queries: experts counted from 1, best first, and their weights, 0 where one is not used.
+
+    All of a query's weights are 0 where the router abstains.
+    """
 
     probabilities: Float[np.ndarray, "Q E"]
     experts: Int[np.ndarray, "Q S"]
@@ -76,11 +79,6 @@ class Router:
         total = weights.sum(axis=1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
         return Choice(probabilities, experts + 1, weights.astype(np.float32), abstained)
-
-    def weights_of(self, read: Float[np.ndarray, "Q D"]) -> tuple[Int[np.ndarray, "Q S"], Float[np.ndarray, "Q S"]]:
-        """Each query's experts and their weights; all weights 0 where the router abstains."""
-        choice = self.choose(read)
-        return choice.experts, choice.weights
 
     def scaled(self, scale: float) -> "Router":
         """The same router with sharper (above 1) or softer probabilities."""

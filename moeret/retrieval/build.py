@@ -164,11 +164,8 @@ def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vec
     """Adds the documents without a domain to the experts that the router gives them to, the unsure ones to the base."""
     by_expert: dict[str, list[Document]] = {}
     base = vectors.of([document for _, document in loose], BASE_EXPERT)
-    numbers, weights = model.document_router.weights_of(base) if loose else ([], [])
-    names = (BASE_EXPERT, *model.experts)
-    chosen = [
-        names[number] if weight > 0 else BASE_EXPERT for (number,), (weight,) in zip(numbers, weights, strict=True)
-    ]
+    choice, names = model.document_router.choose(base), (BASE_EXPERT, *model.experts)
+    chosen = [names[number] for number in np.where(choice.abstained, 0, choice.experts[:, 0])]
     sources = {(expert, document.id): "its domain" for expert, (own, _) in placed.items() for document in own}
     for expert, (path, document) in zip(chosen, loose, strict=True):
         if before := sources.get((expert, document.id)):

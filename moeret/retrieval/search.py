@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.numpy import load_file
 
 from moeret import artifact
@@ -39,15 +39,6 @@ class Rankings:
     """What a batch of queries found, as each one's (rows, scores), best first; which indexes it searched, and its route."""
 
     ranked: list[tuple[np.ndarray, np.ndarray]]
-    indexes: list[tuple[str, ...]]
-    routes: list[Route]
-
-
-@dataclass(frozen=True, slots=True)
-class Searched:
-    """What a batch of queries found, and touched: which experts' indexes each one searched, and its route."""
-
-    hits: list[list[Hit]]
     indexes: list[tuple[str, ...]]
     routes: list[Route]
 
@@ -124,20 +115,7 @@ class Retriever:
         Raises:
           ConfigError: an argument that makes no sense; nothing has been searched then.
         """
-        return self.search_detailed(queries, k, route=route, experts=experts, fusion=fusion).hits
-
-    def search_detailed(
-        self,
-        queries: Sequence[str],
-        k: int = 10,
-        *,
-        route: str = "auto",
-        experts: int | None = None,
-        fusion: Fusion | None = None,
-    ) -> Searched:
-        """As search_batch, and says what was touched."""
-        found = self.rank(queries, k, route=route, experts=experts, fusion=fusion)
-        return Searched(self._hits(found.ranked), found.indexes, found.routes)
+        return self.hits(self.rank(queries, k, route=route, experts=experts, fusion=fusion))
 
     def rank(
         self,
@@ -148,7 +126,7 @@ class Retriever:
         experts: int | None = None,
         fusion: Fusion | None = None,
     ) -> Rankings:
-        """As search_detailed, in rows; nothing is fetched."""
+        """As search_batch, and says what was searched; documents are named by their rows, and `hits` fetches them."""
         self._check(queries, k, route, experts, fusion)
         if not queries:
             return Rankings([], [], [])
@@ -169,28 +147,26 @@ class Retriever:
         ]
         return Rankings(fused, searched, plan.routes)
 
-    def _hits(self, ranked: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[list[Hit]]:
-        """Each query's (rows, scores) as hits with their documents."""
-        documents = self._documents.fetch(np.concatenate([rows for rows, _ in ranked])) if ranked else {}
+    def hits(self, found: Rankings) -> list[list[Hit]]:
+        """What `rank` found, with its documents."""
+        documents = self._documents.fetch(np.concatenate([rows for rows, _ in found.ranked])) if found.ranked else {}
         return [
             [
-                self._hit(rank, int(row), score, documents[row])
-                for rank, (row, score) in enumerate(zip(*own, strict=True), 1)
+                _hit(rank, float(score), expert, documents[row])
+                for rank, (row, score, expert) in enumerate(zip(rows, scores, self._holders(rows), strict=True), 1)
             ]
-            for own in ranked
+            for rows, scores in found.ranked
         ]
-
-    def _hit(self, rank: int, row: int, score: float, document: Document) -> Hit:
-        return Hit(document.id, float(score), rank, self._holder(row), document.title, document.text)
-
-    def _holder(self, row: int) -> str:
-        """Whose index has the row."""
-        return self._names[int(np.searchsorted(self._starts, row, side="right")) - 1]
 
     def held(self) -> list[tuple[str, Document]]:
         """Every row's expert and document."""
-        documents = self._documents.fetch(range(sum(self.sizes.values())))
-        return [(self._holder(row), documents[row]) for row in range(len(documents))]
+        rows = np.arange(sum(self.sizes.values()))
+        documents = self._documents.fetch(rows)
+        return [(expert, documents[row]) for row, expert in enumerate(self._holders(rows))]
+
+    def _holders(self, rows: Int[np.ndarray, "N"]) -> list[str]:
+        """Whose index has each row."""
+        return [self._names[number] for number in np.searchsorted(self._starts, rows, side="right") - 1]
 
     def vectors(self) -> Float[np.ndarray, "N D"]:
         """Every document's vector, by row."""
@@ -210,8 +186,8 @@ class Retriever:
             return _Plan(weights, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
         router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
 
-        read, merged = model.embedder.routed(texts, router.reads, router.weights_of)
-        routes = model.routes(read, router)
+        choice, merged = model.embedder.routed(texts, router)
+        routes = model.routes(choice)
         if route == "all":
             weights = everywhere
         else:
@@ -266,6 +242,10 @@ class Retriever:
 def _require_count(value: int, name: str) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     require(whole and value >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _hit(rank: int, score: float, expert: str, document: Document) -> Hit:
+    return Hit(document.id, score, rank, expert, document.title, document.text)
 
 
 def _one_vector(vectors: Float[np.ndarray, "Q D"]) -> Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]:

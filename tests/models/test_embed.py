@@ -1,5 +1,7 @@
 """Embedding many texts: order, batching, routes and the cache change nothing."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from moeret.config import ExpertConfig
 from moeret.models import embed, experts
 from moeret.models.embed import Embedder, cached_vectors
 from moeret.models.pretrained import load_base
-from moeret.models.router import half
+from moeret.models.router import Router, half
 
 WORDS = ["apple", "iron", "rhine", "find", "the", "a", "very", "long", "story", "zinc", "plum", "kiwi"]
 TEXTS = [
@@ -57,22 +59,29 @@ def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch)
 
 @pytest.mark.parametrize("reads", ["trunk", "base"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_routed_is_readings_and_mixed_in_one_pass(embedder, routes, normalize, reads):
-    chosen, weights = routes
-    readings = half(embedder.readings(TEXTS), reads)
-    np.testing.assert_allclose(readings, embedder.readings(TEXTS, reads=reads), **close)
-
-    def choose(read):
-        rows = ((read[:, None] - readings[None]) ** 2).sum(-1).argmin(1)
-        np.testing.assert_allclose(read, readings[rows], **close)
-        return chosen[rows], weights[rows]
-
-    read, merged = embedder.routed(TEXTS, reads, choose, normalize=normalize)
+def test_routed_is_readings_and_mixed_in_one_pass(embedder, normalize, reads):
+    readings = embedder.readings(TEXTS, reads=reads)
+    np.testing.assert_allclose(readings, half(embedder.readings(TEXTS), reads), **close)
+    weights = np.random.default_rng(3).normal(size=(embedder.width, 2)).astype(np.float32)
+    router = Router("learned", reads, weights, np.zeros(2, np.float32), slots=2)
+    best = np.sort(router.probabilities(readings).max(1))
+    router = replace(router, threshold=float(best[3:5].mean()))  # so that four texts keep to the base
+    wanted = router.choose(readings)
+    choice, merged = embedder.routed(TEXTS, router, normalize=normalize)
+    for own, other in zip(choice, wanted, strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-5, rtol=0)
+    mixed = embedder.mixed(TEXTS, wanted.experts, wanted.weights, normalize=normalize)
+    np.testing.assert_allclose(merged, mixed, atol=1e-5, rtol=0)
     base = embedder.base(TEXTS, normalize=normalize)
-    np.testing.assert_allclose(read, readings, **close)
-    np.testing.assert_allclose(merged, embedder.mixed(TEXTS, chosen, weights, normalize=normalize), **close)
-    np.testing.assert_allclose(merged[::4], base[::4], **close)
-    assert np.abs(merged - base).max(1)[weights.any(1)].min() > 1e-3
+    assert choice.abstained.sum() == 4
+    np.testing.assert_allclose(merged[choice.abstained], base[choice.abstained], **close)
+    assert np.abs(merged - base).max(1)[~choice.abstained].min() > 1e-3
+
+
+def test_no_texts_are_routed_to_nothing(embedder):
+    router = Router("learned", "trunk", np.ones((embedder.width, 2), np.float32), np.zeros(2, np.float32))
+    choice, merged = embedder.routed([], router)
+    assert merged.shape == (0, embedder.width) and [len(own) for own in choice] == [0, 0, 0, 0]
 
 
 def test_a_reading_is_the_mean_token_of_the_trunk_and_the_unit_base_vector(embedder):

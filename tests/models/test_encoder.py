@@ -11,7 +11,7 @@ from flax import nnx
 
 from moeret.config import MATRICES, ExpertConfig
 from moeret.models import experts
-from moeret.models.encoder import Encoder, EncoderConfig, _attention, _attention_bias, _common_low_rank, unit
+from moeret.models.encoder import Encoder, EncoderConfig, _attention, _attention_bias, _low_rank, unit
 from moeret.models.experts import Mixture
 
 CONFIG = EncoderConfig(
@@ -77,7 +77,7 @@ def test_gradient_reaches_every_matrix_of_an_expert(shared):
     ids, lengths = jnp.arange(24, dtype=jnp.int32).reshape(4, 6), jnp.array([6, 4, 5, 6], jnp.int32)
     x = encoder.trunk(ids, lengths, 0)
     direction = jnp.asarray(np.random.default_rng(2).normal(size=(4, CONFIG.width)), jnp.float32)
-    mixture = Mixture(jnp.array([[0, 1]] * 4, jnp.int32), jnp.full((4, 2), 0.5, jnp.float32), jnp.zeros(4, jnp.float32))
+    mixture = Mixture(jnp.arange(2), jnp.full((4, 2), 0.5, jnp.float32), jnp.zeros(4, jnp.float32))
 
     def loss(tree: experts.Bank) -> jax.Array:
         deltas = jax.tree.map(lambda leaf: leaf[0], tree) if shared else experts.gather(tree, None, mixture)
@@ -98,7 +98,7 @@ def test_the_shared_products_own_gradient_is_that_of_the_plain_formula(shape):
         jnp.asarray(random.normal(size=size), jnp.float32)
         for size in ((rows, length, d_in), (d_in, rank), (rank, d_out), (rows, length, d_out))
     )
-    value, pull = jax.vjp(functools.partial(_common_low_rank, jnp.float32), x, a, b)
+    value, pull = jax.vjp(functools.partial(_low_rank, jnp.float32), x, a, b)
     plain_value, plain_pull = jax.vjp(lambda x, a, b: (x @ a) @ b, x, a, b)
     np.testing.assert_allclose(value, plain_value, rtol=1e-5, atol=1e-5)
     for own, plain in zip(pull(g), plain_pull(g), strict=True):

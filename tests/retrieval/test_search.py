@@ -146,9 +146,10 @@ def test_any_text_is_a_query(retriever, query):
 @pytest.mark.parametrize("route", ["auto", "all", "base", "fruit"])
 def test_k_above_the_corpus_returns_all_that_is_searched(retriever, graphs, route):
     for loaded in (retriever, graphs):
-        searched = loaded.search_detailed(["find the fruit nick3"], 10**9, route=route)
-        assert len(searched.hits[0]) == sum(loaded.sizes[name] for name in searched.indexes[0])
-        assert_ranked(searched.hits[0])
+        found = loaded.rank(["find the fruit nick3"], 10**9, route=route)
+        [hits], [indexes] = loaded.hits(found), found.indexes
+        assert len(hits) == sum(loaded.sizes[name] for name in indexes)
+        assert_ranked(hits)
 
 
 @pytest.mark.parametrize("k", [1, 3, 24])
@@ -203,17 +204,17 @@ def expected_hits(retriever, query_vector, names, k):
 def test_a_route_searches_its_indexes_with_its_experts_vector(retriever, route, expert):
     names = [route] if route in ("fruit", "metal") else ["fruit", "metal"]
     vectors = retriever.model.encode_query(QUERIES, expert=expert, normalize_embeddings=True)
-    searched = retriever.search_detailed(QUERIES, 6, route=route)
-    for vector, hits, indexes in zip(vectors, searched.hits, searched.indexes, strict=True):
+    found = retriever.rank(QUERIES, 6, route=route)
+    for vector, hits, indexes in zip(vectors, retriever.hits(found), found.indexes, strict=True):
         assert list(indexes) == names
         best = expected_hits(retriever, vector, names, 6)
         np.testing.assert_allclose([hit.score for hit in hits], [score for score, _, _ in best], atol=TOLERANCE)
 
 
 def test_auto_searches_the_indexes_of_the_chosen_experts(retriever):
-    searched = retriever.search_detailed(QUERIES, 24)
-    assert searched.routes == retriever.route(QUERIES)
-    for route, hits, indexes in zip(searched.routes, searched.hits, searched.indexes, strict=True):
+    found = retriever.rank(QUERIES, 24)
+    assert found.routes == retriever.route(QUERIES)
+    for route, hits, indexes in zip(found.routes, retriever.hits(found), found.indexes, strict=True):
         assert route.abstained == (not route.experts)
         assert set(indexes) == {hit.expert for hit in hits} == (route.experts or retriever.sizes).keys()
         np.testing.assert_allclose(sum(route.experts.values()), not route.abstained, atol=1e-5)
@@ -232,17 +233,17 @@ def test_experts_limits_how_many_a_query_uses(index_folder):
     router = dataclasses.replace(loaded.model.query_router, minimum=0.0, threshold=0.0, familiarity=None)
     loaded.model.query_router = router
     for experts in (1, 2, 99):
-        searched = loaded.search_detailed(QUERIES, 5, experts=experts)
-        assert {len(route.experts) for route in searched.routes} == {min(experts, 2)}
-        assert {len(indexes) for indexes in searched.indexes} == {min(experts, 2)}
+        found = loaded.rank(QUERIES, 5, experts=experts)
+        assert {len(route.experts) for route in found.routes} == {min(experts, 2)}
+        assert {len(indexes) for indexes in found.indexes} == {min(experts, 2)}
     loaded.close()
 
 
 def test_an_abstained_query_searches_everything_with_the_bases_vector(abstaining):
-    searched = abstaining.search_detailed(QUERIES, 24)
-    assert all(route.abstained and not route.experts for route in searched.routes)
-    assert set(searched.indexes) == {("fruit", "metal")}
-    for hits, base in zip(searched.hits, abstaining.search_batch(QUERIES, 24, route="base"), strict=True):
+    found = abstaining.rank(QUERIES, 24)
+    assert all(route.abstained and not route.experts for route in found.routes)
+    assert set(found.indexes) == {("fruit", "metal")}
+    for hits, base in zip(abstaining.hits(found), abstaining.search_batch(QUERIES, 24, route="base"), strict=True):
         assert_same_hits(hits, base)
 
 
@@ -352,8 +353,8 @@ def test_eight_threads_find_what_one_finds(graphs):
 @pytest.mark.parametrize("route", ["auto", "all", "fruit"])
 def test_experts_with_their_own_documents_are_searched_and_fused(both, fusion, route):
     assert both.fusion == "calibrated"
-    searched = both.search_detailed(QUERIES, 24, route=route, fusion=fusion, experts=2 if route == "auto" else None)
-    for hits, indexes in zip(searched.hits, searched.indexes, strict=True):
+    found = both.rank(QUERIES, 24, route=route, fusion=fusion, experts=2 if route == "auto" else None)
+    for hits, indexes in zip(both.hits(found), found.indexes, strict=True):
         assert len(hits) == 12 * len(indexes)
         assert_ranked(hits)
         assert all(0 < hit.score <= 1 for hit in hits)
@@ -379,9 +380,9 @@ def test_an_experts_own_space_is_searched_with_its_own_query_vector(both, name):
 def test_calibrated_scores_are_the_experts_probability_times_the_chance_of_relevance(both):
     calibration = {entry["name"]: entry["calibration"] for entry in both.model.published.meta["experts"]}
     vectors = {name: both.model.encode_query(QUERIES, expert=name, normalize_embeddings=True) for name in both.sizes}
-    searched = both.search_detailed(QUERIES, 24, experts=2)
-    for position, (hits, indexes) in enumerate(zip(searched.hits, searched.indexes, strict=True)):
-        route = searched.routes[position]
+    found = both.rank(QUERIES, 24, experts=2)
+    for position, (hits, indexes) in enumerate(zip(both.hits(found), found.indexes, strict=True)):
+        route = found.routes[position]
         weights = route.experts or route.probabilities
         for hit in hits:
             row = int(hit.id[1:]) + 12 * (hit.expert == "metal")

@@ -21,8 +21,8 @@ from moeret.training import checkpoint, loop
 
 @pytest.fixture(scope="module")
 def short(train_config):
-    """A run with several checkpoints that takes a moment."""
-    return dataclasses.replace(train_config, steps=12, evaluate_every=4)
+    """A run with several checkpoints of both its phases, 16 steps of the shared delta and 12 of the experts."""
+    return dataclasses.replace(train_config, steps=12, shared_steps=8, evaluate_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("cut_at", [1, 5, 9])
+@pytest.mark.parametrize("cut_at", [1, 11, 23])
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     two_domains, base_folder, short, undisturbed, tmp_path, monkeypatch, cut_at
 ):
@@ -103,6 +103,8 @@ def test_a_killed_process_goes_on(two_domains, base_folder, train_config, tmp_pa
     command += [
         "--steps",
         "60",
+        "--shared-steps",
+        "4",
         "--epochs",
         "1000",
         "--batch-size",
