@@ -42,17 +42,17 @@ def main() -> None:
     source, model = arguments.pooled / "seed-0" / "model", arguments.out / "model"
     if not model.is_dir():
         shutil.copytree(source, model, ignore=shutil.ignore_patterns("checkpoints"))
+    home = {name: arguments.data / name for name in TRAINED}
+    # The renamed copies, as the first seed's index has them.
+    new = {name: arguments.pooled / "foreign" / name for name in FOREIGN}
     started = time.monotonic()
     for name in FOREIGN:
         config = moeret.TrainConfig(precision="bfloat16")
-        folder = arguments.data / name
-        added = moeret.add_expert(model, name, folder, config=config, label_free=True, show_progress_bar=True)
+        added = moeret.add_expert(model, name, new[name], config=config, label_free=True, show_progress_bar=True)
     seconds = time.monotonic() - started
     before = digests(source)
     changed = [name for name, digest in before.items() if digests(model).get(name) != digest]
 
-    home = {name: arguments.data / name for name in TRAINED}
-    new = {name: arguments.data / name for name in FOREIGN}
     moeret.build_index(model, arguments.out / "index", {**home, **new}, show_progress_bar=True)
     found = {}
     for when, index in (("before", arguments.pooled / "seed-0" / "index"), ("after", arguments.out / "index")):

@@ -42,7 +42,7 @@ TRAINED = (
 )  # fmt: skip
 FOREIGN = ("cranfield", "cisi", "cacm")
 QUICK = ("attack-cti", "esco-jobs", "conala")
-RIVALS = ((None, 1e-3), (None, 5e-4), (64, 2e-3))
+RIVALS = ((None, 1e-3), (64, 2e-3), (None, 5e-4))
 """(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
 other seeds take the first's choice. At the large rank 2e-3 diverges."""
 MINIMA = (0.3, 0.03, 0.001)
@@ -83,7 +83,7 @@ def main() -> None:
     out = arguments.out / "quick" if arguments.quick else arguments.out
     trained = {name: arguments.data / name for name in names}
     strangers = {name: named_apart(name, arguments.data / name, out / "foreign" / name) for name in foreign}
-    scores, tried = [], [RIVALS[-1]] if arguments.quick else list(RIVALS[: arguments.rivals])
+    scores, tried = [], [RIVALS[1]] if arguments.quick else list(RIVALS[: arguments.rivals])
     for seed in range(1 if arguments.quick else arguments.seeds):
         place = out / f"seed-{seed}"
         found, tried = run_seed(

@@ -28,7 +28,7 @@ class Arguments:
     """Folder of the BEIR folders."""
     index: Path = Path("runs/pooled_domains/seed-0/index")
     """An index of them."""
-    domains: str = "conala,scifact,cranfield"
+    domains: str = "conala,scifact,nl2bash"
     """Whose test queries."""
 
 
