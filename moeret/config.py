@@ -62,7 +62,7 @@ class TrainConfig:
     """Optimizer steps of an expert at most; one that stops improving on dev stops earlier. 0: the shared delta alone."""
     epochs: float = 3.0
     """Passes of an expert over its queries at most: a small domain is soon learned by heart."""
-    shared_steps: int = 150
+    shared_steps: int = 325
     """Optimizer steps of the shared delta for each domain at most."""
     batch_size: int = 32
     """Queries per step, all of one domain."""
@@ -78,7 +78,7 @@ class TrainConfig:
     """Divides cosines in the contrastive loss."""
     hard_negatives: int = 1
     """With --tower both: mined hard negatives per query."""
-    evaluate_every: int = 25
+    evaluate_every: int = 50
     """Steps between two looks at dev nDCG@10; also between two checkpoints."""
     patience: int = 4
     """An expert stops after this many looks without a better dev nDCG@10."""

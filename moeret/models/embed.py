@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moeret import artifact
 from moeret.data.buckets import Batch, length_batches, pad, standard_edges
-from moeret.models.encoder import mean_token
+from moeret.models.encoder import cast_kernels, mean_token
 from moeret.models.experts import Bank, Mixture, Shared, gather, trunk_layers
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
@@ -65,6 +66,12 @@ class Embedder:
         """The same base with another bank of experts, and another delta under them."""
         other = copy.copy(self)
         other._set(bank, shared)
+        return other
+
+    def in_precision(self, precision: str) -> "Embedder":
+        """The same, with its products in float32 or bfloat16; bfloat16 moves a unit vector by about 1e-3."""
+        other = copy.copy(self)
+        other._params = jax.device_put(cast_kernels(self.base_encoder.params, jnp.dtype(precision)))
         return other
 
     def _set(self, bank: Bank, shared: Shared | None) -> None:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moeret.config import ExpertConfig
@@ -109,18 +108,6 @@ def gather(bank: Bank, shared: Bank | None, mixture: Mixture) -> Deltas:
         return {"a": a, "b": b, "weights": weights[:, None]}
 
     return {layer: {matrix: gather_matrix(layer, matrix) for matrix in matrices} for layer, matrices in bank.items()}
-
-
-def fold(params: nnx.State, expert: Bank) -> nnx.State:
-    """An encoder's parameters with one delta (no leading axis) added to the matrices themselves."""
-    folded = nnx.to_pure_dict(params)
-    for layer, matrices in expert.items():
-        for matrix, factors in matrices.items():
-            own = folded["layers"][int(layer.removeprefix("layer_"))][matrix]
-            own["kernel"] = own["kernel"] + np.asarray(factors["a"]) @ np.asarray(factors["b"])
-    out = jax.tree.map(lambda leaf: leaf, params)
-    nnx.replace_by_pure_dict(out, folded)
-    return out
 
 
 def scaled(bank: Bank, strengths: Float[np.ndarray, "E"]) -> Bank:

@@ -1,4 +1,8 @@
-"""From prepared data to trained deltas: the shared one first, then every domain's expert on top of it."""
+"""From prepared data to trained deltas: the shared one, every domain's expert, and how much to use of both.
+
+Experts start from the base, not from the shared delta: two independent learners are better merged than one that goes on
+where the other ended (model soups, arXiv 2203.05482).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -40,7 +44,7 @@ def learn_shared(
     own = dataclasses.replace(config, steps=config.shared_steps * count, evaluate_every=config.evaluate_every * count)
     shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
     bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
-    tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)
+    tower, layers = QueryTower(data, embedder.in_precision(config.precision)), experts.trunk_layers(bank, base.config)
     batches = Batches(base.graph, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
     work.mkdir(parents=True, exist_ok=True)
 
@@ -74,18 +78,17 @@ def learn(
     *,
     show_progress_bar: bool,
 ) -> Learned:
-    """Trains the domains' experts, on top of the shared delta where there is one."""
+    """Trains the domains' experts, and merges them with the shared delta where there is one."""
     base, every = embedder.base_encoder, np.ones(len(data.sets), bool)
     # A key made from the name, so that an expert starts alike whoever trains beside it.
     bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
-    tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
-    params = base.params if shared is None else experts.fold(base.params, shared)
-    beneath = None if shared is None else experts.Shared(shared, np.ones(len(every) + 1, np.float32))
+    kind = QueryTower if config.tower == "query" else BothTowers
+    tower = kind(data, embedder.in_precision(config.precision))
     layers = experts.trunk_layers(bank, base.config)
-    batches = Batches(base.graph, layers, params, data.pool, tower.document_ids, data.sets, config, data_mesh())
+    batches = Batches(base.graph, layers, base.params, data.pool, tower.document_ids, data.sets, config, data_mesh())
 
     def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
-        return by_group(tower.values(bank, active, beneath), tower.seen)
+        return by_group(tower.values(bank, active), tower.seen)
 
     fitted = fit(bank, batches, look, config, work, show_progress_bar=show_progress_bar)
     before = tower.base()
@@ -93,8 +96,7 @@ def learn(
         fitted.bank, shared, lambda bank, under: tower.values(bank, every, under), before, tower.seen
     )
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
-    if shared is not None:
-        beneath = experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
+    beneath = shared and experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
     dev = [by_group(values, tower.seen) for values in (before, strengths.values)]
     return Learned(bank, beneath, fitted.steps, strengths, *dev, tower.calibration(bank))
 

@@ -19,7 +19,7 @@ from moeret import metrics
 from moeret.data.beir import Judged
 from moeret.models.embed import Embedder
 from moeret.models.familiarity import balanced_moments, fit_familiarity
-from moeret.models.router import Reads, Router, centroid_router, half
+from moeret.models.router import Choice, Reads, Router, centroid_router, half
 
 MINIMA = (0.01, 0.03, 0.1, 0.3)
 """Least probabilities tried for an expert to be used."""
@@ -175,9 +175,9 @@ class DevSearch:
         """The least probability and threshold with the best dev nDCG@10, as cautious as CAUTION allows."""
         base = [dev_ndcg(own, own.vectors, self.pool) for own in self.dev]
         results: list[tuple[float, Router]] = []
-        for minimum in MINIMA:
-            candidate = replace(router, minimum=minimum, threshold=0.0)
-            routed = [self._routed(candidate, own) for own in self.dev]
+        candidates = [replace(router, minimum=minimum, threshold=0.0) for minimum in MINIMA]
+        tables = [self._routed(candidates, own) for own in self.dev]
+        for candidate, *routed in zip(candidates, *tables, strict=True):
             for threshold in THRESHOLDS:
                 scores = [
                     np.where(best < threshold, plain, ndcg).mean()
@@ -189,16 +189,30 @@ class DevSearch:
             return max(results, key=lambda result: result[0])  # no threshold means anything for one expert
         return max((r for r in results if r[0] >= top - CAUTION), key=lambda r: (r[1].threshold, r[0]))
 
-    def _routed(self, router: Router, own: DevSet) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
-        """Of each dev query of a domain: its best probability, and nDCG@10 if it does not abstain."""
-        probabilities, experts, weights, _ = router.choose(half(own.readings, router.reads))
-        vectors = self.embedder.mixed(own.texts, experts, weights)
+    def _routed(
+        self, routers: Sequence[Router], own: DevSet
+    ) -> list[tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]]:
+        """For each router, of each dev query of a domain: its best probability, and nDCG@10 if it does not abstain.
+
+        The routers name the same experts in the same order; a query is embedded anew only where its weights differ.
+        """
+        found, vectors, weights = [], np.empty_like(own.vectors), np.float32(np.nan)
+        for router in routers:
+            choice = router.choose(half(own.readings, router.reads))
+            new = np.flatnonzero((choice.weights != weights).any(axis=1))
+            texts = [own.texts[row] for row in new]
+            vectors[new], weights = self.embedder.mixed(texts, choice.experts[new], choice.weights[new]), choice.weights
+            found.append((choice.probabilities.max(axis=1), self._ndcg(own, vectors, choice)))
+        return found
+
+    def _ndcg(self, own: DevSet, vectors: Float[np.ndarray, "Q D"], choice: Choice) -> Float[np.ndarray, "Q"]:
+        """nDCG@10 of each dev query of a domain in the indexes of its chosen experts."""
         owner = np.zeros(len(self.pool), np.int32)
         for expert, other in enumerate(self.dev, start=1):
             owner[other.documents] = expert
         used = np.zeros((len(own.texts), len(self.dev) + 1), bool)
-        np.put_along_axis(used, experts, weights > 0, axis=1)
-        return probabilities.max(axis=1), dev_ndcg(own, vectors, self.pool, owner, used)
+        np.put_along_axis(used, choice.experts, choice.weights > 0, axis=1)
+        return dev_ndcg(own, vectors, self.pool, owner, used)
 
 
 def dev_ndcg(

@@ -79,12 +79,14 @@ def train(
         if config.expert.shared_rank and config.tower == "query":
             shared = learn_shared(data, embedder, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar)
         trained = learn(data, embedder, shared and shared.delta, config, work, show_progress_bar=show_progress_bar)
+        search = None
+        if config.tower == "query":
+            full = embedder.with_bank(experts.with_base(trained.bank), trained.shared)
+            search = DevSearch(data.dev, full.in_precision(config.precision), data.pool)
         query_router, report = choose_query_router(
             [profile.train_queries for profile in data.profiles],
             [profile.dev_queries for profile in data.profiles],
-            DevSearch(data.dev, embedder.with_bank(experts.with_base(trained.bank), trained.shared), data.pool)
-            if config.tower == "query"
-            else None,
+            search,
         )
         draft = Draft(out, KIND)
         for name, path in base_files(encoder.folder).items():

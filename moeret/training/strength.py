@@ -1,7 +1,8 @@
 """How much of a delta to use.
 
 A fully trained expert has memorised some, and a part of its delta serves unseen documents better (weight-space
-interpolation, WiSE-FT, arXiv 2109.01903). How large a part is chosen on dev, out of a small grid.
+interpolation, WiSE-FT, arXiv 2109.01903). How large a part, of an expert's own delta and of the shared one, is chosen on dev,
+out of a small grid.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ from jaxtyping import Bool, Float
 
 from moeret.models.experts import Bank, Shared, scaled
 
-OWN = (0.0, 0.5, 0.75, 1.0)
+OWN = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Strengths tried for an expert's own delta."""
-UNDER = (0.5, 0.75, 1.0)
+UNDER = (0.0, 0.5, 0.75, 1.0)
 """Strengths tried for the shared delta under it. Without either an expert is the base."""
 
 Values = Sequence[Float[np.ndarray, "Q"]]
@@ -40,7 +41,7 @@ def choose_strengths(
     experts = len(base)
     trained = any(np.any(factors["b"]) for matrices in bank.values() for factors in matrices.values())
     best = Strengths(np.zeros(experts, np.float32), np.zeros(experts, np.float32), list(base))
-    for under in (0.0,) if shared is None else UNDER:
+    for under in UNDER[:1] if shared is None else UNDER:
         for own in OWN if trained else OWN[:1]:
             if not own and not under:
                 continue  # the base
