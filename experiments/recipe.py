@@ -1,20 +1,22 @@
-"""What an expert learns best with: rates, ranks, lengths, negatives, with and without the shared delta, feed-forward experts.
+"""What an expert learns best with: where it starts, rates, ranks, temperature, full-rank feed-forward experts.
 
 Command:  python -m experiments.recipe --data DATA [--pooled runs/pooled_domains] [--out runs/recipe]
-          DATA and --pooled as experiments.pooled_domains leaves them; experts are trained on the first seed's shared delta.
-Time:     about 4 minutes a line on 2 cores; finished lines are not repeated.
-Expected: on the shared delta, the line `as it is` or one within the noise of it has the best dev nDCG@10 of unseen queries;
-          no line reads test. Writes its section into BENCHMARKS.md.
+          DATA and --pooled as experiments.pooled_domains leaves them; the first seed's shared delta is used.
+Time:     about 5 minutes a line on 2 cores; finished lines are not repeated.
+Expected: the line `as it is` or one within the noise of it has the best dev nDCG@10; no line reads test. Writes its section
+          into BENCHMARKS.md.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import numpy as np
 import tyro
+from flax import nnx
 
 import moeret
 from experiments.pooled_domains import TRAINED
@@ -26,8 +28,10 @@ from moeret.training.learn import learn
 from moeret.training.prepare import Prepared, prepare, read_domains
 from scripts.benchmarks import markdown_table, write_section
 
-DOMAINS = ("scifact", "obliqa", "nl2bash", "conala")
+DOMAINS = ("obliqa", "esco-jobs", "nl2bash", "conala")
 """Few queries and many, seen documents and unseen ones."""
+Start = Literal["base", "base, alone", "shared"]
+"""Experts start from the base and are merged with the shared delta, or not; or they start on top of the shared delta."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,27 +41,29 @@ class Trial:
     name: str
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     expert: dict[str, Any] = dataclasses.field(default_factory=dict)
-    shared: bool = True
+    start: Start = "base"
 
 
 TRIALS = (
     Trial(name="as it is"),
-    Trial(name="learning rate 5e-4", config={"learning_rate": 5e-4}),
-    Trial(name="learning rate 1e-3", config={"learning_rate": 1e-3}),
-    Trial(name="learning rate 4e-3", config={"learning_rate": 4e-3}),
-    Trial(name="rank 4", expert={"rank": 4}),
-    Trial(name="rank 64", expert={"rank": 64}),
-    Trial(name="temperature 0.01", config={"temperature": 0.01}),
-    Trial(name="temperature 0.05", config={"temperature": 0.05}),
-    Trial(name="weight decay 0.1", config={"weight_decay": 0.1}),
-    Trial(name="64 queries a step", config={"batch_size": 64}),
-    Trial(name="no shared delta", shared=False),
+    Trial(name="no expert, the shared delta alone", config={"steps": 0}),
+    Trial(name="no shared delta", start="base, alone"),
+    Trial(name="experts on top of the shared delta", start="shared"),
     Trial(
-        name="no shared delta, feed-forward blocks at full rank (mixture-of-experts layers)",
+        name="experts on top of the shared delta, learning rate 5e-4", start="shared", config={"learning_rate": 5e-4}
+    ),
+    Trial(
+        name="feed-forward blocks at full rank (mixture-of-experts layers), learning rate 5e-4",
         expert={"rank": 384, "matrices": ("mlp_in", "mlp_out")},
         config={"learning_rate": 5e-4},
-        shared=False,
+        start="base, alone",
     ),
+    Trial(name="rank 64", expert={"rank": 64}),
+    Trial(name="learning rate 1e-3", config={"learning_rate": 1e-3}),
+    Trial(name="learning rate 4e-3", config={"learning_rate": 4e-3}),
+    Trial(name="temperature 0.05", config={"temperature": 0.05}),
+    Trial(name="rank 4", expert={"rank": 4}),
+    Trial(name="64 queries a step", config={"batch_size": 64}),
 )
 
 
@@ -71,6 +77,8 @@ class Arguments:
     """Where experiments.pooled_domains left its first seed."""
     out: Path = Path("runs/recipe")
     """Where results and checkpoints go."""
+    trials: int = len(TRIALS)
+    """How many of the lines, the first ones."""
 
 
 def main() -> None:
@@ -83,7 +91,9 @@ def main() -> None:
     read = read_domains({name: arguments.data / name for name in TRAINED})
     data = prepare(read, embedder, config, source / WORK / VECTORS, show_progress_bar=True)
     shared = read_shared(model.published).delta
-    found = {trial.name: _run(trial, data, embedder, shared, config, arguments.out) for trial in TRIALS}
+    found = {
+        trial.name: _run(trial, data, embedder, shared, config, arguments.out) for trial in TRIALS[: arguments.trials]
+    }
     body = _body(found, config)
     print(body)
     write_section("recipe", "What an expert learns best with", body)
@@ -100,8 +110,11 @@ def _run(
     place.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, **trial.config, expert=dataclasses.replace(config.expert, **trial.expert))
     four = _only(data)
-    own = embedder.with_bank(experts.base_alone(embedder.base_encoder.config, config.expert))
-    learned = learn(four, own, shared if trial.shared else None, config, place, show_progress_bar=True)
+    base = embedder.base_encoder
+    if trial.start == "shared":
+        base = dataclasses.replace(base, params=_fold(base.params, shared))
+    own = Embedder(base, experts.base_alone(base.config, config.expert))
+    learned = learn(four, own, shared if trial.start == "base" else None, config, place, show_progress_bar=True)
     result = {
         "base": learned.base_dev.tolist(),
         "dev": learned.dev.tolist(),
@@ -111,6 +124,18 @@ def _run(
     }
     file.write_text(json.dumps(result))
     return result
+
+
+def _fold(params: nnx.State, delta: experts.Bank) -> nnx.State:
+    """An encoder's parameters with a delta (no leading axis) added to the matrices themselves."""
+    folded = nnx.to_pure_dict(params)
+    for layer, matrices in delta.items():
+        for matrix, factors in matrices.items():
+            own = folded["layers"][int(layer.removeprefix("layer_"))][matrix]
+            own["kernel"] = own["kernel"] + np.asarray(factors["a"]) @ np.asarray(factors["b"])
+    out = jax.tree.map(lambda leaf: leaf, params)
+    nnx.replace_by_pure_dict(out, folded)
+    return out
 
 
 def _only(data: Prepared) -> Prepared:
@@ -145,7 +170,7 @@ def _body(found: dict[str, dict[str, Any]], config: TrainConfig) -> str:
         f"Dev nDCG@10 x 100 in the pool of all ten domains' documents, experts of {', '.join(DOMAINS)} at their best steps and "
         f"strengths. As it is: rank {config.expert.rank}, learning rate {config.learning_rate:g}, temperature "
         f"{config.temperature:g}, {config.batch_size} queries a step, at most {config.steps} steps and {config.epochs:g} epochs, "
-        "on the first seed's shared delta. One seed, and dev chose steps and strengths: differences below a point say "
+        "merged with the first seed's shared delta. One seed, and dev chose steps and strengths: differences below a point say "
         "little.\n\n" + markdown_table(columns, rows)
     )
 

@@ -38,7 +38,7 @@ class ExpertConfig:
     matrices: tuple[str, ...] = MATRICES
     """Which matrices of a layer experts change."""
     shared_rank: int = 64
-    """With --tower query: rank of the shared delta under all experts, learned from all domains before them; 0 for none."""
+    """With --tower query: rank of the shared delta, learned from all domains and merged with each expert; 0 for none."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")

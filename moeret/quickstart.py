@@ -46,7 +46,7 @@ def quickstart(out: Path, console: Console, *, show_progress_bar: bool) -> None:
     console.rule("2. Experts and router: moeret train")
     console.print(
         "The base is a frozen text encoder. A shared delta learns from all domains to move queries towards the documents that "
-        "answer them, a small expert on top of it what is its own domain's; a router learns from the lower layers' reading of "
+        "answer them, a small expert from each domain, and both are merged; a router learns from the lower layers' reading of "
         "a query which experts to use, or to abstain.",
     )
     trained = train(domains, model, config=CONFIG, show_progress_bar=show_progress_bar)

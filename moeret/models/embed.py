@@ -63,7 +63,7 @@ class Embedder:
         self._set(bank, shared)
 
     def with_bank(self, bank: Bank, shared: Shared | None = None) -> "Embedder":
-        """The same base with another bank of experts, and another delta under them."""
+        """The same base with another bank of experts, and another shared delta."""
         other = copy.copy(self)
         other._set(bank, shared)
         return other
@@ -169,12 +169,12 @@ class Embedder:
             return self._run_base(x, lengths)
         used = np.unique(experts[weights != 0])
         width = 1 << (len(used) - 1).bit_length()  # rounded up to a power of two, so that few programs are compiled
-        own, under = np.zeros((x.shape[0], width), np.float32), np.zeros(x.shape[0], np.float32)
+        own, shared = np.zeros((x.shape[0], width), np.float32), np.zeros(x.shape[0], np.float32)
         rows, slots = np.nonzero(weights)
         np.add.at(own, (rows, np.searchsorted(used, experts[rows, slots])), weights[rows, slots])
         if self._strengths is not None:
-            under = own[:, : len(used)] @ self._strengths[used]
-        mixture = jax.device_put(Mixture(np.pad(used, (0, width - len(used))).astype(np.int32), own, under))
+            shared = own[:, : len(used)] @ self._strengths[used]
+        mixture = jax.device_put(Mixture(np.pad(used, (0, width - len(used))).astype(np.int32), own, shared))
         return np.asarray(
             _branch(
                 self.base_encoder.graph, self.trunk_layers, self._params, self.bank, self._shared, x, lengths, mixture

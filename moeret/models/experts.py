@@ -4,8 +4,7 @@ A bank maps layer -> matrix -> {"a": [E, D_in, R], "b": [E, R, D_out]}. For a ro
 matrix W acts as W + sum_s w_s a[e_s] b[e_s] (LoRA, arXiv 2106.09685, without its constant scale). The factors of the
 experts that a batch uses stand side by side as the columns of one product, of which each row takes its own: cheaper than
 copying factors for every row, and the cost depends on the experts in use, not on all there are. Expert 0 is all zeros, the
-base. Beneath the experts may lie one shared delta, learned from all domains: what they have in common, so that each only
-learns what is its own (cf. Twin-Merging, NeurIPS 2024).
+base. Every expert may be merged with one shared delta, learned from all domains (cf. Twin-Merging, NeurIPS 2024).
 """
 
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ class Mixture(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """One delta under all experts, learned from all domains, and how much of it each of the bank's experts wants."""
+    """One delta learned from all domains, and how much of it each of the bank's experts is merged with."""
 
     delta: Bank  # {"a": [D_in, R], "b": [R, D_out]}
     strengths: Float[np.ndarray, "E"]  # 0 for expert 0, the base
@@ -101,9 +100,9 @@ def gather(bank: Bank, shared: Bank | None, mixture: Mixture) -> Deltas:
         a, b = jnp.moveaxis(a, 1, 0).reshape(d_in, used * rank), b.reshape(used * rank, b.shape[-1])
         weights = jnp.repeat(mixture.weights, rank, axis=1)
         if shared is not None:
-            under = shared[layer][matrix]
-            a, b = jnp.concatenate([a, under["a"]], axis=1), jnp.concatenate([b, under["b"]])
-            columns = jnp.broadcast_to(mixture.shared[:, None], (len(weights), len(under["b"])))
+            common = shared[layer][matrix]
+            a, b = jnp.concatenate([a, common["a"]], axis=1), jnp.concatenate([b, common["b"]])
+            columns = jnp.broadcast_to(mixture.shared[:, None], (len(weights), len(common["b"])))
             weights = jnp.concatenate([weights, columns], axis=1)
         return {"a": a, "b": b, "weights": weights[:, None]}
 

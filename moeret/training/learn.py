@@ -93,12 +93,12 @@ def learn(
     fitted = fit(bank, batches, look, config, work, show_progress_bar=show_progress_bar)
     before = tower.base()
     strengths = choose_strengths(
-        fitted.bank, shared, lambda bank, under: tower.values(bank, every, under), before, tower.seen
+        fitted.bank, shared, lambda bank, merged: tower.values(bank, every, merged), before, tower.seen
     )
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
-    beneath = shared and experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
+    merged = shared and experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
     dev = [by_group(values, tower.seen) for values in (before, strengths.values)]
-    return Learned(bank, beneath, fitted.steps, strengths, *dev, tower.calibration(bank))
+    return Learned(bank, merged, fitted.steps, strengths, *dev, tower.calibration(bank))
 
 
 def _key(seed: int, name: str) -> jax.Array:

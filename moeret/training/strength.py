@@ -15,8 +15,8 @@ from moeret.models.experts import Bank, Shared, scaled
 
 OWN = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Strengths tried for an expert's own delta."""
-UNDER = (0.0, 0.5, 0.75, 1.0)
-"""Strengths tried for the shared delta under it. Without either an expert is the base."""
+SHARED = (0.0, 0.5, 0.75, 1.0)
+"""Strengths tried for the shared delta that it is merged with. Without either an expert is the base."""
 
 Values = Sequence[Float[np.ndarray, "Q"]]
 """nDCG@10 of each domain's dev queries."""
@@ -41,14 +41,14 @@ def choose_strengths(
     experts = len(base)
     trained = any(np.any(factors["b"]) for matrices in bank.values() for factors in matrices.values())
     best = Strengths(np.zeros(experts, np.float32), np.zeros(experts, np.float32), list(base))
-    for under in UNDER[:1] if shared is None else UNDER:
+    for common in SHARED[:1] if shared is None else SHARED:
         for own in OWN if trained else OWN[:1]:
-            if not own and not under:
+            if not own and not common:
                 continue  # the base
-            beneath = None if shared is None else Shared(shared, np.full(experts + 1, under, np.float32))
-            for number, values in enumerate(score(scaled(bank, np.full(experts, own)), beneath)):
+            merged = None if shared is None else Shared(shared, np.full(experts + 1, common, np.float32))
+            for number, values in enumerate(score(scaled(bank, np.full(experts, own)), merged)):
                 if values.mean() > best.values[number].mean() and harmless(values, base[number], seen[number]):
-                    best.own[number], best.shared[number], best.values[number] = own, under, values
+                    best.own[number], best.shared[number], best.values[number] = own, common, values
     return best
 
 

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 
-from moeret.training.strength import OWN, UNDER, choose_strength, choose_strengths, harmless
+from moeret.training.strength import OWN, SHARED, choose_strength, choose_strengths, harmless
 
 BANK = {"layer_00": {"query": {"a": jnp.ones((2, 3, 1)), "b": jnp.ones((2, 1, 3))}}}
-SHARED = {"layer_00": {"query": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 3))}}}
+DELTA = {"layer_00": {"query": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 3))}}}
 SEEN = [np.arange(40) < 20] * 2
 
 
@@ -27,7 +27,7 @@ def test_each_expert_gets_the_strengths_that_serve_it_best():
         found = [strength_of(bank, shared, number) for number in range(2)]
         return [scores(*[0.3 - abs(a - x) - abs(b - y)] * 2) for (a, b), (x, y) in zip(found, wanted, strict=True)]
 
-    chosen = choose_strengths(BANK, SHARED, score, [scores(0, 0)] * 2, SEEN)
+    chosen = choose_strengths(BANK, DELTA, score, [scores(0, 0)] * 2, SEEN)
     assert [*zip(chosen.own.tolist(), chosen.shared.tolist(), strict=True)] == wanted
     assert all(np.allclose(values, scores(0.3, 0.3)) for values in chosen.values)
 
@@ -37,12 +37,12 @@ def test_what_harms_unseen_queries_is_not_chosen_however_much_seen_ones_gain():
         own, under = strength_of(bank, shared, 0)
         return [scores(own + under, 0.01 if own + under <= 1 else -0.1, noise=0.001)] * 2
 
-    chosen = choose_strengths(BANK, SHARED, score, [scores(0, 0)] * 2, SEEN)
+    chosen = choose_strengths(BANK, DELTA, score, [scores(0, 0)] * 2, SEEN)
     assert (chosen.own + chosen.shared == 1).all()
 
 
 def test_where_every_strength_harms_the_base_stays():
-    chosen = choose_strengths(BANK, SHARED, lambda *_: [scores(0.5, -0.2)] * 2, [scores(0, 0)] * 2, SEEN)
+    chosen = choose_strengths(BANK, DELTA, lambda *_: [scores(0.5, -0.2)] * 2, [scores(0, 0)] * 2, SEEN)
     assert not chosen.own.any() and not chosen.shared.any()
     np.testing.assert_array_equal(chosen.values[0], scores(0, 0))
 
@@ -62,4 +62,4 @@ def test_one_delta_for_all_domains_gets_the_strength_with_the_best_mean():
         return [np.full(5, 1 - own), np.full(50, 0.5 + 1.2 * own - (own > 0.6))]
 
     assert choose_strength(one, score)[0] == 0.5
-    assert {0.0, 1.0} < {*OWN} and 1.0 in UNDER
+    assert {0.0, 1.0} < {*OWN} and 1.0 in SHARED
