@@ -141,7 +141,7 @@ def _uses(retriever: moeret.Retriever, dev: list[TestSet]) -> str:
     """Ways to use the experts that one router names, on dev."""
     model = retriever.model
     chosen = model.query_router
-    loose = dataclasses.replace(chosen, threshold=0.0, familiarity=None)
+    loose = dataclasses.replace(chosen, familiarity=None)
     settings = {
         "one expert": (dataclasses.replace(loose, slots=1), "auto"),
         "soft merge, experts with p >= 0.1": (dataclasses.replace(loose, minimum=0.1), "auto"),

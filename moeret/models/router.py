@@ -47,8 +47,7 @@ class Router:
     """Linear scores over experts 1..E, and the rules that turn probabilities into a choice.
 
     A query keeps at most `slots` experts with a probability of at least `minimum` (the best one always), their weights
-    scaled to sum to 1. The router abstains to the base below `threshold` for the best one, and for a query that is not
-    familiar.
+    scaled to sum to 1. The router abstains to the base for a query that is not familiar.
     """
 
     kind: str
@@ -57,7 +56,6 @@ class Router:
     bias: Float[np.ndarray, "E"]
     slots: int = 4
     minimum: float = 0.1
-    threshold: float = 0.0
     familiarity: Familiarity | None = None
 
     def probabilities(self, vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q E"]:
@@ -72,9 +70,7 @@ class Router:
         best = np.take_along_axis(probabilities, experts, axis=1)
         kept = best >= self.minimum
         kept[:, 0] = True
-        abstained = best[:, 0] < self.threshold
-        if self.familiarity is not None:
-            abstained |= ~self.familiarity.holds(read)
+        abstained = np.zeros(len(read), bool) if self.familiarity is None else ~self.familiarity.holds(read)
         weights = np.where(kept & ~abstained[:, None], best, 0.0)
         total = weights.sum(axis=1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)

@@ -106,7 +106,8 @@ class Retriever:
         Args:
           queries: non-empty strings.
           k: how many hits, at least 1.
-          route: `auto` lets the router choose; `all` uses the router's experts but searches every index; `base` searches
+          route: `auto` lets the router choose, and with fusion by score searches again as the base would where the best
+            hit is a document that no expert owns; `all` uses the router's experts but searches every index; `base` searches
             every index as the base would, `shared` with the shared delta alone; an expert's name searches its index with it.
           experts: at most this many experts per query (auto only); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
@@ -130,8 +131,30 @@ class Retriever:
         self._check(queries, k, route, experts, fusion)
         if not queries:
             return Rankings([], [], [])
-        plan = self._plan(self.model.with_prompt(queries, "query"), route, experts)
-        rankings: list[list[Ranking]] = [[] for _ in queries]
+        texts, fusion = self.model.with_prompt(queries, "query"), fusion or self.fusion
+        found = self._search(self._plan(texts, route, experts), len(texts), k, fusion)
+        return self._second_look(found, texts, k) if route == "auto" and fusion == "score" else found
+
+    def _second_look(self, found: Rankings, texts: Sequence[str], k: int) -> Rankings:
+        """Searches as the base would where the experts' best hit is a document that no expert owns.
+
+        Such a query is of no expert's domain, although the router took it for one's.
+        """
+        rows = [
+            row
+            for row, (route, (hits, _)) in enumerate(zip(found.routes, found.ranked, strict=True))
+            if not route.abstained and self._holders(hits[:1]) == [BASE_EXPERT]
+        ]
+        if rows:
+            again = self._search(self._plan([texts[row] for row in rows], BASE_EXPERT, None), len(rows), k, "score")
+            for row, ranked, indexes in zip(rows, again.ranked, again.indexes, strict=True):
+                found.ranked[row], found.indexes[row] = ranked, indexes
+                found.routes[row] = dataclasses.replace(found.routes[row], experts={}, abstained=True)
+        return found
+
+    def _search(self, plan: _Plan, count: int, k: int, fusion: Fusion) -> Rankings:
+        """What `count` queries find by a plan."""
+        rankings: list[list[Ranking]] = [[] for _ in range(count)]
         for name, segments in self._segments.items():
             rows = np.flatnonzero(plan.weights[name] > 0)
             if len(rows):
@@ -141,10 +164,8 @@ class Retriever:
                     for row, (hits, scores) in zip(rows, found, strict=True):
                         weight = float(plan.weights[name][row])
                         rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
-        fused = [fuse(own, fusion or self.fusion, k, self._same) for own in rankings]
-        searched = [
-            tuple(name for name in self._segments if plan.weights[name][row] > 0) for row in range(len(queries))
-        ]
+        fused = [fuse(own, fusion, k, self._same) for own in rankings]
+        searched = [tuple(name for name in self._segments if plan.weights[name][row] > 0) for row in range(count)]
         return Rankings(fused, searched, plan.routes)
 
     def hits(self, found: Rankings) -> list[list[Hit]]:

@@ -21,12 +21,8 @@ from moeret.models.embed import Embedder
 from moeret.models.familiarity import balanced_moments, fit_familiarity
 from moeret.models.router import Choice, Reads, Router, centroid_router, half
 
-MINIMA = (0.01, 0.03, 0.1, 0.3)
-"""Least probabilities tried for an expert to be used."""
-THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Least best probabilities tried, below which the router abstains."""
-CAUTION = 0.001
-"""Dev nDCG@10 that may be given up for abstaining more often: dev has no queries of unknown domains, users do."""
+MINIMA = (0.3, 0.1, 0.03, 0.01)
+"""Least probabilities tried for an expert to be used; of equals the first, which searches fewest."""
 UNFAMILIAR_QUERIES, UNFAMILIAR_DOCUMENTS = 0.02, 0.1
 """Share of dev, or of held-out documents, that may count as of no known domain. Among the base's own documents, which
 every query searches, a document is well placed."""
@@ -130,7 +126,7 @@ def choose_query_router(
             score, router = search.tune(router)
             report[router.kind]["nDCG@10"] = score
         else:
-            score, router = report[router.kind]["accuracy"], _cautious_by_share(router, held)
+            score = report[router.kind]["accuracy"]
         candidates.append((score, router))
     best = max(candidates, key=lambda candidate: candidate[0])[1]
     report["chosen"] = best.kind
@@ -152,15 +148,7 @@ def choose_document_router(
     """The router that places documents: one expert each, the kind that is right more often on held-out documents."""
     routers = [calibrate(fitted, dev) for fitted in (centroid_router(train), fit_learned(train, "base"))]
     best = max(routers, key=lambda router: quality(router, dev)["accuracy"])
-    return replace(_with_familiarity(_cautious_by_share(best, dev), train, dev, UNFAMILIAR_DOCUMENTS), slots=1)
-
-
-def _cautious_by_share(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]], share: float = 0.01) -> Router:
-    """The highest threshold at which at most `share` of dev abstains."""
-    best = np.concatenate([router.probabilities(own).max(axis=1) for own in dev])
-    if len(dev) == 1:
-        return router  # one expert always has probability 1: no threshold means anything
-    return replace(router, threshold=max(t for t in THRESHOLDS if (best < t).mean() <= share))
+    return replace(_with_familiarity(best, train, dev, UNFAMILIAR_DOCUMENTS), slots=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,27 +160,14 @@ class DevSearch:
     pool: Float[np.ndarray, "N D"]
 
     def tune(self, router: Router) -> tuple[float, Router]:
-        """The least probability and threshold with the best dev nDCG@10, as cautious as CAUTION allows."""
-        base = [dev_ndcg(own, own.vectors, self.pool) for own in self.dev]
-        results: list[tuple[float, Router]] = []
-        candidates = [replace(router, minimum=minimum, threshold=0.0) for minimum in MINIMA]
-        tables = [self._routed(candidates, own) for own in self.dev]
-        for candidate, *routed in zip(candidates, *tables, strict=True):
-            for threshold in THRESHOLDS:
-                scores = [
-                    np.where(best < threshold, plain, ndcg).mean()
-                    for (best, ndcg), plain in zip(routed, base, strict=True)
-                ]
-                results.append((float(np.mean(scores)), replace(candidate, threshold=threshold)))
-        top = max(score for score, _ in results)
-        if len(self.dev) == 1:
-            return max(results, key=lambda result: result[0])  # no threshold means anything for one expert
-        return max((r for r in results if r[0] >= top - CAUTION), key=lambda r: (r[1].threshold, r[0]))
+        """The least probability with the best dev nDCG@10, domains weighing the same, and that."""
+        candidates = [replace(router, minimum=minimum) for minimum in MINIMA]
+        scores = np.mean([self._routed(candidates, own) for own in self.dev], axis=0)
+        best = int(scores.argmax())
+        return float(scores[best]), candidates[best]
 
-    def _routed(
-        self, routers: Sequence[Router], own: DevSet
-    ) -> list[tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]]:
-        """For each router, of each dev query of a domain: its best probability, and nDCG@10 if it does not abstain.
+    def _routed(self, routers: Sequence[Router], own: DevSet) -> list[float]:
+        """The mean nDCG@10 of a domain's dev queries with each router.
 
         The routers name the same experts in the same order; a query is embedded anew only where its weights differ.
         """
@@ -202,7 +177,7 @@ class DevSearch:
             new = np.flatnonzero((choice.weights != weights).any(axis=1))
             texts = [own.texts[row] for row in new]
             vectors[new], weights = self.embedder.mixed(texts, choice.experts[new], choice.weights[new]), choice.weights
-            found.append((choice.probabilities.max(axis=1), self._ndcg(own, vectors, choice)))
+            found.append(float(self._ndcg(own, vectors, choice).mean()))
         return found
 
     def _ndcg(self, own: DevSet, vectors: Float[np.ndarray, "Q D"], choice: Choice) -> Float[np.ndarray, "Q"]:

@@ -187,7 +187,7 @@ def remove_expert(model: Path, name: str) -> Artifact:
 def _publish_next(
     draft: Draft, published: Artifact, entries: list[dict[str, Any]], profiles: Sequence[Profile]
 ) -> Artifact:
-    """The next version of a model with these experts, and a refitted router, no more cautious than the one before."""
+    """The next version of a model with these experts, and a refitted router with the rules of the one before."""
     before = read_routers(published)["query"]
     kept = {entry[key] for entry in entries for key in ("file", "profile")}
     if published.meta["shared"]:
@@ -198,8 +198,7 @@ def _publish_next(
     query_router, report = choose_query_router(
         [profile.train_queries for profile in profiles], [profile.dev_queries for profile in profiles]
     )
-    threshold = min(before.threshold, query_router.threshold)
-    query_router = dataclasses.replace(query_router, minimum=before.minimum, threshold=threshold)
+    query_router = dataclasses.replace(query_router, minimum=before.minimum)
     router = _write_routers(draft, query_router, _document_router(profiles), report)
     return draft.publish({**published.meta, "experts": entries, "router": router})
 
@@ -286,7 +285,7 @@ def _write_routers(draft: Draft, query: Router, document: Router, report: dict[s
         own = {name: getattr(router, name) for name in ("weights", "bias")}
         own |= {f"familiarity.{name}": getattr(router.familiarity, name) for name in ("center", "spread", "known")}
         tensors |= {f"{side}.{name}": np.ascontiguousarray(tensor) for name, tensor in own.items()}
-        rules[side] = {name: getattr(router, name) for name in ("kind", "reads", "slots", "minimum", "threshold")}
+        rules[side] = {name: getattr(router, name) for name in ("kind", "reads", "slots", "minimum")}
         rules[side]["familiarity"] = router.familiarity.limit
     file = draft.add("router.safetensors", lambda path: save_file(tensors, path))
     return {"file": file, **rules, "report": report}

@@ -9,6 +9,7 @@ import pytest
 from moeret.config import ExpertConfig
 from moeret.models import embed, experts
 from moeret.models.embed import Embedder, cached_vectors
+from moeret.models.familiarity import Familiarity
 from moeret.models.pretrained import load_base
 from moeret.models.router import Router, half
 
@@ -64,8 +65,13 @@ def test_routed_is_readings_and_mixed_in_one_pass(embedder, normalize, reads):
     np.testing.assert_allclose(readings, half(embedder.readings(TEXTS), reads), **close)
     weights = np.random.default_rng(3).normal(size=(embedder.width, 2)).astype(np.float32)
     router = Router("learned", reads, weights, np.zeros(2, np.float32), slots=2)
-    best = np.sort(router.probabilities(readings).max(1))
-    router = replace(router, threshold=float(best[3:5].mean()))  # so that four texts keep to the base
+    ones, known = (
+        np.ones(embedder.width, np.float32),
+        readings[:2] / np.linalg.norm(readings[:2], axis=1, keepdims=True),
+    )
+    familiarity = Familiarity(0 * ones, ones, known, 0.0)
+    limit = float(np.sort(familiarity.of(readings))[3:5].mean())  # so that four texts keep to the base
+    router = replace(router, familiarity=replace(familiarity, limit=limit))
     wanted = router.choose(readings)
     choice, merged = embedder.routed(TEXTS, router, normalize=normalize)
     for own, other in zip(choice, wanted, strict=True):

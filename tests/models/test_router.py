@@ -1,10 +1,13 @@
 """The router's rules, for any scores."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from moeret.models.familiarity import Familiarity
 from moeret.models.router import Router, centroid_router, softmax
 
 WIDTH = 4
@@ -17,7 +20,7 @@ def numbers(*shape: int, limit: float = 30.0) -> st.SearchStrategy[np.ndarray]:
 
 
 @st.composite
-def routers(draw: st.DrawFn, threshold: st.SearchStrategy[float] | None = None) -> Router:
+def routers(draw: st.DrawFn) -> Router:
     """Any router over one to five experts."""
     experts = draw(st.integers(1, 5))
     return Router(
@@ -27,7 +30,6 @@ def routers(draw: st.DrawFn, threshold: st.SearchStrategy[float] | None = None) 
         bias=draw(numbers(experts)),
         slots=draw(st.integers(1, 6)),
         minimum=draw(st.floats(0, 1)),
-        threshold=draw(st.floats(0, 1) if threshold is None else threshold),
     )
 
 
@@ -48,7 +50,7 @@ def test_a_choice_keeps_to_the_rules(router, vectors):
     assert experts.shape == weights.shape == (3, min(router.slots, probabilities.shape[1]))
     assert weights.dtype == np.float32
     np.testing.assert_allclose(weights.sum(1), np.where(abstained, 0, 1), rtol=1e-5)
-    np.testing.assert_array_equal(abstained, probabilities.max(1) < router.threshold)
+    assert not abstained.any()
     for row in range(3):
         assert len(set(experts[row])) == len(experts[row])
         assert set(experts[row]) <= set(range(1, probabilities.shape[1] + 1))
@@ -60,16 +62,13 @@ def test_a_choice_keeps_to_the_rules(router, vectors):
 
 
 @quick
-@given(routers(threshold=st.just(0.0)), numbers(3, WIDTH))
-def test_threshold_zero_never_abstains(router, vectors):
-    assert not router.choose(vectors).abstained.any()
-
-
-@quick
-@given(routers(threshold=st.floats(1.001, 5)), numbers(3, WIDTH))
-def test_a_threshold_above_one_always_abstains(router, vectors):
-    _, _, weights, abstained = router.choose(vectors)
-    assert abstained.all() and not weights.any()
+@given(routers(), numbers(3, WIDTH), st.floats(-1.5, 1.5))
+def test_a_router_abstains_where_familiarity_is_below_its_limit(router, vectors, limit):
+    known = np.eye(WIDTH, dtype=np.float32)
+    familiarity = Familiarity(np.zeros(WIDTH, np.float32), np.ones(WIDTH, np.float32), known, limit)
+    _, _, weights, abstained = replace(router, familiarity=familiarity).choose(vectors)
+    np.testing.assert_array_equal(abstained, familiarity.of(vectors) < limit)
+    assert not weights[abstained].any() and weights[~abstained].any(1).all()
 
 
 @quick
@@ -78,7 +77,7 @@ def test_scaling_keeps_the_order_of_experts(router, vectors, scale):
     scores = vectors @ router.weights + router.bias
     scaled = router.scaled(scale)
     np.testing.assert_allclose(vectors @ scaled.weights + scaled.bias, scale * scores, rtol=1e-3, atol=1e-2)
-    assert (scaled.slots, scaled.minimum, scaled.threshold) == (router.slots, router.minimum, router.threshold)
+    assert (scaled.slots, scaled.minimum) == (router.slots, router.minimum)
 
 
 @quick

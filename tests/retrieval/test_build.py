@@ -35,13 +35,14 @@ def index(tmp_path, index_folder) -> Path:
     return tmp_path / "index"
 
 
-def place_by_router(monkeypatch, threshold: float) -> None:
-    """Makes the document router sure of everything (0) or of nothing (above 1)."""
+def place_by_router(monkeypatch, limit: float) -> None:
+    """Makes every document (-1) or none (above 1) familiar to the document router."""
     load = Model.load
 
     def altered(path):
         model = load(path)
-        model.document_router = dataclasses.replace(model.document_router, threshold=threshold, familiarity=None)
+        familiarity = dataclasses.replace(model.document_router.familiarity, limit=limit)
+        model.document_router = dataclasses.replace(model.document_router, familiarity=familiarity)
         return model
 
     monkeypatch.setattr(build.Model, "load", altered)
@@ -90,7 +91,7 @@ def test_vectors_are_the_documents_base_embeddings_by_row(index_folder, trained)
 def test_loose_documents_go_where_the_document_router_puts_them(
     tmp_path, monkeypatch, model_folder, two_domains, trained
 ):
-    place_by_router(monkeypatch, 0.0)
+    place_by_router(monkeypatch, -1.0)
     rows = loose_corpus(tmp_path / "loose.jsonl")
     build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
     vectors = trained.encode_document([row["text"] for row in rows], normalize_embeddings=True)
@@ -112,6 +113,25 @@ def test_documents_that_the_router_is_unsure_of_go_to_the_base(tmp_path, monkeyp
     assert {hit.id for hit in hits if hit.expert == "base"} == {row["_id"] for row in rows}
 
 
+def test_a_query_whose_best_hit_no_expert_owns_is_searched_again_as_the_base_would(
+    tmp_path, monkeypatch, model_folder, two_domains
+):
+    place_by_router(monkeypatch, 1.1)
+    rows = loose_corpus(tmp_path / "loose.jsonl")
+    build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
+    retriever = moeret.Retriever.load(tmp_path / "index")
+    retriever.model.query_router = dataclasses.replace(retriever.model.query_router, familiarity=None)
+    queries = [*(row["text"] for row in rows), "find the metal nick10", "which fruit is nick11"]
+    found = retriever.rank(queries, 5)
+    assert 0 < sum(route.abstained for route in found.routes) < len(queries)
+    as_base = retriever.search_batch(queries, 5, route="base")
+    for own, base, route, indexes in zip(retriever.hits(found), as_base, found.routes, found.indexes, strict=True):
+        if route.abstained:
+            assert own == base and not route.experts and len(indexes) == 3
+        else:
+            assert own[0].expert != "base" and route.experts
+
+
 def test_an_index_of_loose_documents_alone(tmp_path, monkeypatch, model_folder):
     place_by_router(monkeypatch, 1.1)
     loose_corpus(tmp_path / "loose.jsonl")
@@ -122,7 +142,7 @@ def test_an_index_of_loose_documents_alone(tmp_path, monkeypatch, model_folder):
 
 
 def test_a_loose_document_with_an_id_of_the_domain_is_refused(tmp_path, monkeypatch, model_folder, two_domains):
-    place_by_router(monkeypatch, 0.0)
+    place_by_router(monkeypatch, -1.0)
     write_jsonl(tmp_path / "loose.jsonl", [{"_id": "d3", "title": "", "text": "apple pear"}])
     with pytest.raises(
         moeret.DataError,

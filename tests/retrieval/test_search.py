@@ -62,9 +62,12 @@ def both(tmp_path_factory, base_folder, two_domains):
 
 @pytest.fixture
 def abstaining(index_folder):
-    """A retriever whose router is never sure enough."""
+    """A retriever to whose router nothing is familiar."""
     loaded = Retriever.load(index_folder)
-    loaded.model.query_router = dataclasses.replace(loaded.model.query_router, threshold=1.1)
+    router = loaded.model.query_router
+    loaded.model.query_router = dataclasses.replace(
+        router, familiarity=dataclasses.replace(router.familiarity, limit=1.1)
+    )
     yield loaded
     loaded.close()
 
@@ -230,7 +233,7 @@ def test_an_unknown_route_is_refused_with_the_known_ones(retriever):
 
 def test_experts_limits_how_many_a_query_uses(index_folder):
     loaded = Retriever.load(index_folder)
-    router = dataclasses.replace(loaded.model.query_router, minimum=0.0, threshold=0.0, familiarity=None)
+    router = dataclasses.replace(loaded.model.query_router, minimum=0.0, familiarity=None)
     loaded.model.query_router = router
     for experts in (1, 2, 99):
         found = loaded.rank(QUERIES, 5, experts=experts)

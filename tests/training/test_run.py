@@ -57,7 +57,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
 
 
 def test_nothing_that_training_chooses_has_seen_the_test_split(two_domains, base_folder, short, undisturbed, tmp_path):
-    """Judgments of test as garbage, and its queries' texts changed: every expert, strength, router and threshold stays."""
+    """Judgments of test as garbage, and its queries' texts changed: every expert, strength and router stays."""
     folders = {name: shutil.copytree(path, tmp_path / name) for name, path in two_domains.items()}
     for folder in folders.values():
         judged = (folder / "qrels/test.tsv").read_text().splitlines()[1:]
