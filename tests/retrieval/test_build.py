@@ -127,7 +127,8 @@ def test_a_query_whose_best_hit_no_expert_owns_is_searched_again_as_the_base_wou
     as_base = retriever.search_batch(queries, 5, route="base")
     for own, base, route, indexes in zip(retriever.hits(found), as_base, found.routes, found.indexes, strict=True):
         if route.abstained:
-            assert own == base and not route.experts and len(indexes) == 3
+            assert [hit.id for hit in own] == [hit.id for hit in base]
+            assert not route.experts and len(indexes) == 3
         else:
             assert own[0].expert != "base" and route.experts
 
