@@ -228,34 +228,27 @@ def draw(file: Path, scores: Sequence[dict[str, Any]], table: Mapping[str, Value
     values = [100 * mean_over(table[label], names) for label in labels]
     colours = ["#c98a1b" if label == "routed" else "#d5d5d5" if "oracle" in label else "#8fb0d3" for label in labels]
     bars.barh(labels, values, color=colours)
-    bars.plot(
-        [100 * mean_over(table[label], names, unseen) for label in labels],
-        labels,
-        "k|",
-        ms=14,
-        mew=2,
-        label="unseen documents",
-    )
+    marks = [100 * mean_over(table[label], names, unseen) for label in labels]
+    bars.plot(marks, labels, "k|", ms=14, mew=2)
+    bars.annotate("on unseen documents", (marks[0], 0), xytext=(6, 0), textcoords="offset points", va="center")
     for place, value in enumerate(values):
         bars.text(value - 0.4, place, f"{value:.1f}", va="center", ha="right")
     bars.set_xlim(40, None)
     bars.set_xlabel("nDCG@10 x 100 (axis starts at 40)")
-    bars.legend(loc="lower right", frameon=False)
     bars.spines[["top", "right"]].set_visible(False)
     points = curve(scores, names)
     cost.plot([100 * p[2] for p in points], [100 * p[3] for p in points], "o-", color="#8fb0d3")
     for label, _, share, score in points:
         if label == "routed":
             cost.plot(100 * share, 100 * score, "o", color="#c98a1b", ms=10)
-            cost.annotate("routed", (100 * share, 100 * score), xytext=(8, -14), textcoords="offset points")
-    for label in ("base", "shared delta alone", "multi-task"):
-        if label not in table:
-            continue
-        value = 100 * mean_over(table[label], names)
+            cost.annotate("routed", (100 * share, 100 * score), xytext=(0, 10), textcoords="offset points", ha="center")
+    whole = {label: 100 * mean_over(table[label], names) for label in ("base", "BM25", "multi-task") if label in table}
+    for label, value in whole.items():
         cost.plot(100, value, "s", color="#555")
-        cost.annotate(label, (100, value), xytext=(-6, 6), textcoords="offset points", ha="right")
-    cost.set_xscale("log")
-    cost.set_xlabel("documents within a query's reach, % (log)")
+        cost.annotate(label, (100, value), xytext=(-8, -12), textcoords="offset points", ha="right")
+    cost.set_xlim(0, 105)
+    cost.margins(y=0.12)
+    cost.set_xlabel("documents within a query's reach, %")
     cost.set_ylabel("nDCG@10 x 100")
     cost.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})

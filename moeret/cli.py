@@ -159,7 +159,7 @@ class Index:
     domain: Domains = field(default_factory=list)
     """NAME=BEIR_DIR of each domain; NAME is an expert of the model."""
     corpus: tyro.conf.UseAppendAction[list[tuple[Path, ...]]] = field(default_factory=list)
-    """JSONL files of documents without a domain; those the router is unsure of go to the base's own index."""
+    """JSONL files of documents without a domain; those unlike all that the router knows go to the base's own index."""
     overwrite: bool = False
     """Replace an index at --out that was made from other things; readers see the old one until the new one is whole."""
     config: Annotated[IndexConfig, Flat] = field(default_factory=IndexConfig)
@@ -370,7 +370,7 @@ def _print_json(value: Any) -> None:
 
 def _print_route(route: Any) -> None:
     used = ", ".join(f"{name} {weight:.0%}" for name, weight in route.experts.items())
-    _OUT.print(f"experts: {used or 'none; the router is unsure and abstains to the base, everywhere'}", markup=False)
+    _OUT.print(f"experts: {used or 'none; the router abstains to the base, everywhere'}", markup=False)
 
 
 def _print_experts(meta: dict[str, Any], as_json: bool) -> None:

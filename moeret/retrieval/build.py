@@ -47,7 +47,7 @@ def build_index(
     """Indexes every domain's documents for its expert, and the documents of `corpora` (JSONL) where the router puts them.
 
     A job that was cut off keeps its vectors and goes on when this is called again with the same arguments; a finished
-    index is returned as it is. Documents that the router is unsure about go to the base's own index.
+    index is returned as it is. Documents unlike all that the router knows go to the base's own index.
 
     Raises:
       DataError: a corpus that cannot be used, or one id twice in one expert's index.
@@ -161,7 +161,7 @@ def _remove_leftovers(out: Path, finished: Artifact) -> None:
 
 
 def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vectors: _Vectors) -> Placed:
-    """Adds the documents without a domain to the experts that the router gives them to, the unsure ones to the base."""
+    """Adds the documents without a domain to the experts that the router gives them to, the unfamiliar ones to the base."""
     by_expert: dict[str, list[Document]] = {}
     base = vectors.of([document for _, document in loose], BASE_EXPERT)
     choice, names = model.document_router.choose(base), (BASE_EXPERT, *model.experts)

@@ -104,7 +104,7 @@ def test_loose_documents_go_where_the_document_router_puts_them(
     }
 
 
-def test_documents_that_the_router_is_unsure_of_go_to_the_base(tmp_path, monkeypatch, model_folder, two_domains):
+def test_unfamiliar_documents_go_to_the_base(tmp_path, monkeypatch, model_folder, two_domains):
     place_by_router(monkeypatch, 1.1)
     rows = loose_corpus(tmp_path / "loose.jsonl")
     build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
