@@ -38,7 +38,7 @@ def write_report(
     parts = [
         _setup(scores, names, foreign, config),
         f"{NDCG} x 100 on the test queries (at most {most} a domain), which say nothing of their domain, over one pool of "
-        f"{scores[0]['documents']:,} documents; means over {len(scores)} seeds:\n\n"
+        f"{scores[0]['documents']:,} documents; means over {_seeds(scores)}:\n\n"
         + _by_domain(table, recall, names, foreign, seen),
         _spread(scores, table, names),
         _checks(scores, table, names, foreign, seen),
@@ -51,6 +51,10 @@ def write_report(
     write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
     write_block(FILE.with_name("README.md"), "results", _summary(scores, table, recall, names, seen))
     draw(PICTURE, scores, table, names, seen)
+
+
+def _seeds(scores: Sequence[Any]) -> str:
+    return "one seed" if len(scores) == 1 else f"{len(scores)} seeds"
 
 
 def _values(scores: Sequence[dict[str, Any]], label: str, measure: str) -> Values:
@@ -69,7 +73,7 @@ def _setup(scores, names, foreign, config) -> str:
     shared = config["expert"]["shared_rank"]
     rank = config["expert"]["rank"]
     if "multi-task" not in first:
-        rival = "- multi-task: left out of this run; the shared delta alone has had half of our steps and of our size\n"
+        rival = "- multi-task: left out of this run; the shared delta alone has fewer steps and parameters than all of ours\n"
     else:
         own = first["multi-task"]
         tried = ", ".join(f"{key} {100 * value:.1f}" for key, value in own["dev"].items())
@@ -159,7 +163,8 @@ def _checks(scores, table, names, foreign, seen) -> str:
         f"- the router is right for {routing['accuracy']:.1%} of the queries of known domains, abstains for "
         f"{routing['abstained']:.1%} of them, "
         + ", ".join(f"for {np.mean([own['abstained'][name] for own in scores]):.0%} of {name}" for name in foreign),
-        f"- seconds, first seed: {', '.join(f'{name} {value}' for name, value in scores[0]['seconds'].items())}",
+        "- seconds, first seed, of the last call (finished parts are not repeated): "
+        + ", ".join(f"{name} {value}" for name, value in scores[0]["seconds"].items()),
     ]
     return "\n".join(lines)
 
@@ -208,7 +213,7 @@ def _summary(scores, table, recall, names, seen) -> str:
     total = scores[0]["systems"]["routed"]["cost"]["indexes_total"]
     return (
         f"Unlabelled test queries of {len(names)} domains over one pool of {scores[0]['documents']:,} documents, mean over the "
-        f"domains and {len(scores)} seeds; a routed query searches {indexes:.2f} of {total} indexes:\n\n"
+        f"domains and {_seeds(scores)}; a routed query searches {indexes:.2f} of {total} indexes:\n\n"
         + markdown_table(["", *labels], rows)
         + "\n\n![Bars: nDCG@10 of each system. Curve: nDCG@10 against the documents within reach.](docs/pooled-domains.svg)"
     )
