@@ -26,18 +26,24 @@ class HarnessSearch:
         self._retriever, self._route = retriever, route
         self._documents: dict[str, Document] = {}
 
-    def search(self, *arguments: Any, **named: Any) -> dict[str, dict[str, float]]:
+    def search(
+        self,
+        corpus: Mapping[str, Mapping[str, str]] | None = None,
+        queries: Any = None,
+        top_k: int = 100,
+        *_: Any,
+        **__: Any,
+    ) -> dict[str, dict[str, float]]:
         """Query id -> document id -> score of the best `top_k`.
 
-        Called by BEIR with (corpus, queries, top_k, score_function, ...), by mteb after `index` with (queries, *, top_k, ...).
+        BEIR calls it with (corpus, queries by id, top_k, score_function, ...); mteb after `index`, with queries as rows of id
+        and text, and everything by name.
 
         Raises:
           DataError: the index lacks a document of the corpus.
         """
-        if "top_k" in named:  # mteb
-            queries = {row["id"]: row["text"] for row in arguments[0]}
-            return self._search(queries, named["top_k"])
-        corpus, queries, top_k = arguments[:3]
+        if corpus is None:
+            return self._search({row["id"]: row["text"] for row in queries}, top_k)
         self._hold((id, row.get("title", ""), row["text"]) for id, row in corpus.items())
         return self._search(queries, top_k)
 

@@ -26,7 +26,9 @@ def test_a_harness_scores_what_the_pooled_benchmark_scores(retriever, two_domain
     else:
         search.index([{"id": own.id, "title": own.title, "text": own.text} for own in domain.corpus], num_proc=None)
         rows = [{"id": id, "text": text} for id, text in judged.queries.items()]
-        run = search.search(rows, task_metadata=None, hf_split="test", hf_subset="default", top_k=100, num_proc=None)
+        run = search.search(
+            queries=rows, top_k=100, task_metadata=None, hf_split="test", top_ranked=None, num_proc=None
+        )
     report = moeret.evaluate(retriever, {name: two_domains[name]})["domains"][name]
     values = metrics.per_query(judged.qrels, run)
     for measure in (metrics.NDCG, metrics.RECALL):
