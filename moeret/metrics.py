@@ -36,10 +36,16 @@ def write_run(path: Path, run: Run, tag: str = "moeret") -> None:
     """Writes a TREC run: ranks from 1, scores strictly falling in rank order, ids percent-encoded where they have spaces."""
     with path.open("w", encoding="utf-8") as file:
         for query, hits in run.items():
-            last = np.inf
-            for rank, (document, score) in enumerate(sorted(hits.items(), key=lambda hit: -hit[1]), start=1):
-                last = min(float(score), float(np.nextafter(np.float32(last), np.float32(-np.inf))))
-                file.write(f"{_encode(query)} Q0 {_encode(document)} {rank} {last:.9g} {tag}\n")
+            for rank, (document, score) in enumerate(falling(hits).items(), start=1):
+                file.write(f"{_encode(query)} Q0 {_encode(document)} {rank} {score:.9g} {tag}\n")
+
+
+def falling(hits: Mapping[str, float]) -> dict[str, float]:
+    """Hits best first, with scores that fall strictly in float32: trec_eval orders equal scores by id."""
+    last, out = np.inf, {}
+    for document, score in sorted(hits.items(), key=lambda hit: -hit[1]):
+        last = out[document] = min(float(score), float(np.nextafter(np.float32(last), np.float32(-np.inf))))
+    return out
 
 
 def read_run(path: Path) -> dict[str, dict[str, float]]:

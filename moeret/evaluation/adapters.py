@@ -9,6 +9,7 @@ from typing import Any
 from moeret.data.beir import Judged
 from moeret.errors import DataError
 from moeret.evaluation.testsets import TestSet
+from moeret.metrics import falling
 from moeret.retrieval.search import Retriever
 from moeret.types import Document
 
@@ -74,5 +75,5 @@ class HarnessSearch:
         for start in range(0, len(texts), _QUERIES_AT_ONCE):
             ids = [*queries][start : start + _QUERIES_AT_ONCE]
             found = self._retriever.rank(texts[start : start + _QUERIES_AT_ONCE], top_k + 1, route=self._route)
-            runs |= {id: test.run_of(id, own, top_k) for id, own in zip(ids, found.ranked, strict=True)}
+            runs |= {id: falling(test.run_of(id, own, top_k)) for id, own in zip(ids, found.ranked, strict=True)}
         return runs

@@ -1,6 +1,8 @@
 """A retriever behind the interfaces of BEIR and mteb, called as these harnesses call it."""
 
+import numpy as np
 import pytest
+from conftest import write_jsonl
 
 import moeret
 from moeret import metrics
@@ -45,3 +47,14 @@ def test_no_more_hits_than_asked_for(retriever, two_domains):
 def test_a_corpus_that_the_index_lacks_is_refused(retriever):
     with pytest.raises(moeret.DataError, match=r"lacks 1 of the 1 documents of this corpus \(first: 'x'\)"):
         HarnessSearch(retriever).search({"x": {"text": "a stranger"}}, {"q": "apple"}, 10, "cos_sim")
+
+
+def test_equal_scores_keep_their_order_in_harnesses_that_would_order_them_by_id(tmp_path, model_folder):
+    corpus = {id: {"title": "", "text": "one text twice"} for id in ("b", "a", "c")}
+    write_jsonl(tmp_path / "c.jsonl", [{"_id": id, **row} for id, row in corpus.items()])
+    moeret.build_index(model_folder, tmp_path / "index", {}, [tmp_path / "c.jsonl"])
+    loaded = moeret.Retriever.load(tmp_path / "index")
+    found = HarnessSearch(loaded).search(corpus, {"q": "find the apple"}, 10, "dot")["q"]
+    loaded.close()
+    assert [*found] == ["b", "a", "c"]
+    assert (np.diff(np.array([*found.values()], np.float32)) < 0).all()
