@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import tyro
-from flax import nnx
 
 import moeret
 from experiments.pooled_domains import TRAINED
@@ -112,8 +110,8 @@ def _run(
     four = _only(data)
     base = embedder.base_encoder
     if trial.start == "shared":
-        base = dataclasses.replace(base, params=_fold(base.params, shared))
-    own = Embedder(base, experts.base_alone(base.config, config.expert))
+        base = dataclasses.replace(base, params=experts.fold(base.params, shared))
+    own = Embedder(base, experts.base_alone(base.config, config.expert)).in_precision(config.precision)
     learned = learn(four, own, shared if trial.start == "base" else None, config, place, show_progress_bar=True)
     result = {
         "base": learned.base_dev.tolist(),
@@ -124,18 +122,6 @@ def _run(
     }
     file.write_text(json.dumps(result))
     return result
-
-
-def _fold(params: nnx.State, delta: experts.Bank) -> nnx.State:
-    """An encoder's parameters with a delta (no leading axis) added to the matrices themselves."""
-    folded = nnx.to_pure_dict(params)
-    for layer, matrices in delta.items():
-        for matrix, factors in matrices.items():
-            own = folded["layers"][int(layer.removeprefix("layer_"))][matrix]
-            own["kernel"] = own["kernel"] + np.asarray(factors["a"]) @ np.asarray(factors["b"])
-    out = jax.tree.map(lambda leaf: leaf, params)
-    nnx.replace_by_pure_dict(out, folded)
-    return out
 
 
 def _only(data: Prepared) -> Prepared:

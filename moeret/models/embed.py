@@ -69,7 +69,7 @@ class Embedder:
         return other
 
     def in_precision(self, precision: str) -> "Embedder":
-        """The same, with its products in float32 or bfloat16; bfloat16 moves a unit vector by about 1e-3."""
+        """The same, with its products in float32 or bfloat16."""
         other = copy.copy(self)
         other._params = jax.device_put(cast_kernels(self.base_encoder.params, jnp.dtype(precision)))
         return other

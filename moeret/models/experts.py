@@ -2,9 +2,9 @@
 
 A bank maps layer -> matrix -> {"a": [E, D_in, R], "b": [E, R, D_out]}. For a row with experts e_s and weights w_s, a
 matrix W acts as W + sum_s w_s a[e_s] b[e_s] (LoRA, arXiv 2106.09685, without its constant scale). The factors of the
-experts that a batch uses stand side by side as the columns of one product, of which each row takes its own: cheaper than
-copying factors for every row, and the cost depends on the experts in use, not on all there are. Expert 0 is all zeros, the
-base. Every expert may be merged with one shared delta, learned from all domains (cf. Twin-Merging, NeurIPS 2024).
+experts that a batch uses stand side by side as the columns of one product, of which each row takes its own: nothing is
+copied for a row, and the cost depends on the experts in use, not on all there are. Expert 0 is all zeros, the base. Every
+expert may be merged with one shared delta, learned from all domains (cf. Twin-Merging, NeurIPS 2024).
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moeret.config import ExpertConfig
@@ -107,6 +108,18 @@ def gather(bank: Bank, shared: Bank | None, mixture: Mixture) -> Deltas:
         return {"a": a, "b": b, "weights": weights[:, None]}
 
     return {layer: {matrix: gather_matrix(layer, matrix) for matrix in matrices} for layer, matrices in bank.items()}
+
+
+def fold(params: nnx.State, delta: Bank) -> nnx.State:
+    """An encoder's parameters with a delta (no leading axis) added to the matrices themselves."""
+    folded = nnx.to_pure_dict(params)
+    for layer, matrices in delta.items():
+        for matrix, factors in matrices.items():
+            own = folded["layers"][int(layer.removeprefix("layer_"))][matrix]
+            own["kernel"] = own["kernel"] + np.asarray(factors["a"]) @ np.asarray(factors["b"])
+    out = jax.tree.map(lambda leaf: leaf, params)
+    nnx.replace_by_pure_dict(out, folded)
+    return out
 
 
 def scaled(bank: Bank, strengths: Float[np.ndarray, "E"]) -> Bank:

@@ -1,7 +1,7 @@
 """From prepared data to trained deltas: the shared one, every domain's expert, and how much to use of both.
 
-Experts start from the base, not from the shared delta: two independent learners are better merged than one that goes on
-where the other ended (model soups, arXiv 2203.05482).
+Experts start from the base, not from the shared delta, and are merged with it in weight space as independent learners
+(model soups, arXiv 2203.05482); experiments.recipe compares.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def learn_shared(
     own = dataclasses.replace(config, steps=config.shared_steps * count, evaluate_every=config.evaluate_every * count)
     shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
     bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
-    tower, layers = QueryTower(data, embedder.in_precision(config.precision)), experts.trunk_layers(bank, base.config)
+    tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)
     batches = Batches(base.graph, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
     work.mkdir(parents=True, exist_ok=True)
 
@@ -82,8 +82,7 @@ def learn(
     base, every = embedder.base_encoder, np.ones(len(data.sets), bool)
     # A key made from the name, so that an expert starts alike whoever trains beside it.
     bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
-    kind = QueryTower if config.tower == "query" else BothTowers
-    tower = kind(data, embedder.in_precision(config.precision))
+    tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
     layers = experts.trunk_layers(bank, base.config)
     batches = Batches(base.graph, layers, base.params, data.pool, tower.document_ids, data.sets, config, data_mesh())
 

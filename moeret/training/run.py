@@ -75,14 +75,14 @@ def train(
         work = _open_work(out / WORK, request)
         embedder = Embedder(encoder, experts.base_alone(encoder.config, config.expert))
         data = prepare(read, embedder, config, work / VECTORS, show_progress_bar=show_progress_bar)
-        shared = None
+        embedder, shared = embedder.in_precision(config.precision), None
         if config.expert.shared_rank and config.tower == "query":
             shared = learn_shared(data, embedder, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar)
         trained = learn(data, embedder, shared and shared.delta, config, work, show_progress_bar=show_progress_bar)
         search = None
         if config.tower == "query":
             full = embedder.with_bank(experts.with_base(trained.bank), trained.shared)
-            search = DevSearch(data.dev, full.in_precision(config.precision), data.pool)
+            search = DevSearch(data.dev, full, data.pool)
         query_router, report = choose_query_router(
             [profile.train_queries for profile in data.profiles],
             [profile.dev_queries for profile in data.profiles],
@@ -158,6 +158,7 @@ def add_expert(
             show_progress_bar=show_progress_bar,
         )
         shared = read_shared(published).delta if published.meta["shared"] else None
+        embedder = embedder.in_precision(config.precision)
         trained = learn(data, embedder, shared, config, work, show_progress_bar=show_progress_bar)
         draft = Draft(model, KIND)
         entries = [*published.meta["experts"], *_write_experts(draft, data, trained, {name: request})]

@@ -75,9 +75,9 @@ def test_routed_is_readings_and_mixed_in_one_pass(embedder, normalize, reads):
     wanted = router.choose(readings)
     choice, merged = embedder.routed(TEXTS, router, normalize=normalize)
     for own, other in zip(choice, wanted, strict=True):
-        np.testing.assert_allclose(own, other, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(own, other, **close)
     mixed = embedder.mixed(TEXTS, wanted.experts, wanted.weights, normalize=normalize)
-    np.testing.assert_allclose(merged, mixed, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(merged, mixed, **close)
     base = embedder.base(TEXTS, normalize=normalize)
     assert choice.abstained.sum() == 4
     np.testing.assert_allclose(merged[choice.abstained], base[choice.abstained], **close)

@@ -88,18 +88,6 @@ def test_a_new_bank_starts_as_the_base(base, batch):
     assert all(np.any(leaf != 0) for name, leaf in experts.flatten(fresh).items() if name.endswith(".a"))
 
 
-def fold(params: nnx.State, expert: experts.Bank) -> nnx.State:
-    """An encoder's parameters with one delta (no leading axis) added to the matrices themselves."""
-    folded = nnx.to_pure_dict(params)
-    for layer, matrices in expert.items():
-        for matrix, factors in matrices.items():
-            own = folded["layers"][int(layer.removeprefix("layer_"))][matrix]
-            own["kernel"] = own["kernel"] + np.asarray(factors["a"]) @ np.asarray(factors["b"])
-    out = jax.tree.map(lambda leaf: leaf, params)
-    nnx.replace_by_pure_dict(out, folded)
-    return out
-
-
 def test_a_shared_delta_lies_under_each_row_as_strongly_as_its_experts_want(base, bank):
     """Rows of one program: the base, an expert on half of the shared delta, two experts, the shared delta alone."""
     delta = experts.take(bank, 2)
@@ -110,9 +98,9 @@ def test_a_shared_delta_lies_under_each_row_as_strongly_as_its_experts_want(base
     found = embedder.mixed(texts, chosen, weights.astype(np.float32))
     wanted = [(0.0, {}), (0.5, {1: 1.0}), (0.6 * 0.5 + 0.4 * 1.0, {1: 0.6, 2: 0.4}), (0.75, {})]
     for text, vector, (under, own) in zip(texts, found, wanted, strict=True):
-        params = fold(base.params, experts.take(experts.scaled(bank, np.full(COUNT, under)), 2))
+        params = experts.fold(base.params, experts.take(experts.scaled(bank, np.full(COUNT, under)), 2))
         for expert, weight in own.items():
-            params = fold(params, experts.take(experts.scaled(bank, np.full(COUNT, weight)), expert - 1))
+            params = experts.fold(params, experts.take(experts.scaled(bank, np.full(COUNT, weight)), expert - 1))
         folded = Embedder(dataclasses.replace(base, params=params), experts.with_base(bank))
         np.testing.assert_allclose(vector, folded.base([text])[0], atol=3e-6)
 
