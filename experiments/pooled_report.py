@@ -86,7 +86,7 @@ def _setup(scores, names, foreign, config) -> str:
         f"Trained: {', '.join(names)}. Foreign, without any training data: {', '.join(foreign)}.\n\n"
         f"- ours: a shared delta of rank {shared}, {config['shared_steps']} steps a domain, then an expert of rank {rank} "
         f"a domain, at most {config['steps']} steps and {config['epochs']:g} epochs; {config['batch_size']} queries a step, "
-        f"learning rate {config['learning_rate']:g}\n"
+        f"learning rates {config['shared_learning_rate']:g} and {config['learning_rate']:g}\n"
         f"{rival}"
         "- shared delta alone, base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first "
         "seed) search the whole pool exactly; one expert, routed and the known-domain oracle search HNSW indexes"

@@ -37,7 +37,7 @@ class ExpertConfig:
     """How many of the encoder's upper layers experts change; the layers below are the trunk, read once a query."""
     matrices: tuple[str, ...] = MATRICES
     """Which matrices of a layer experts change."""
-    shared_rank: int = 64
+    shared_rank: int = 224
     """With --tower query: rank of the shared delta, learned from all domains and merged with each expert; 0 for none."""
 
     def __post_init__(self) -> None:
@@ -58,16 +58,18 @@ class TrainConfig:
 
     tower: Tower = "query"
     """query: experts change queries, documents stay in the base's space. both: experts encode their documents too."""
-    steps: int = 200
+    steps: int = 400
     """Optimizer steps of an expert at most; one that stops improving on dev stops earlier. 0: the shared delta alone."""
     epochs: float = 3.0
     """Passes of an expert over its queries at most: a small domain is soon learned by heart."""
-    shared_steps: int = 325
+    shared_steps: int = 500
     """Optimizer steps of the shared delta for each domain at most."""
     batch_size: int = 32
     """Queries per step, all of one domain."""
     learning_rate: float = 2e-3
     """Peak of a cosine schedule with a short linear warm-up (AdamW, gradients clipped)."""
+    shared_learning_rate: float = 1e-3
+    """The same for the shared delta: one of higher rank moves further at the same rate."""
     warmup: float = 0.1
     """Share of the steps spent warming up."""
     weight_decay: float = 0.0
@@ -99,7 +101,8 @@ class TrainConfig:
         require(self.epochs > 0, f"epochs must be above 0, got {self.epochs}")
         require(self.steps >= 0, f"steps must not be negative, got {self.steps}")
         require(self.hard_negatives >= 0, f"hard_negatives must not be negative, got {self.hard_negatives}")
-        require(self.learning_rate > 0, f"learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("learning_rate", "shared_learning_rate"):
+            require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
         require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         require(0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}")
         require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")

@@ -160,6 +160,7 @@ def train_config() -> moeret.TrainConfig:
         epochs=1000,
         batch_size=16,
         learning_rate=0.02,
+        shared_learning_rate=0.02,
         evaluate_every=20,
         patience=10,
         temperature=0.05,

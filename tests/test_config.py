@@ -22,7 +22,11 @@ NONSENSE = [
         for value in (0, -1)
     ),
     *((TrainConfig, "hard_negatives", value) for value in (-1,)),
-    *((TrainConfig, "learning_rate", value) for value in (0.0, -1e-3, math.nan)),
+    *(
+        (TrainConfig, name, value)
+        for name in ("learning_rate", "shared_learning_rate")
+        for value in (0.0, -1e-3, math.nan)
+    ),
     *((TrainConfig, "temperature", value) for value in (0.0, -0.02, math.nan)),
     *((TrainConfig, "warmup", value) for value in (-0.1, 1.0, 2.0, math.nan)),
     *((TrainConfig, "weight_decay", value) for value in (-0.1, math.nan)),

@@ -168,7 +168,7 @@ class Embedder:
         if not weights.any():
             return self._run_base(x, lengths)
         used = np.unique(experts[weights != 0])
-        width = 1 << (len(used) - 1).bit_length()  # rounded up to a power of two, so that few programs are compiled
+        width = 4 ** (((len(used) - 1).bit_length() + 1) // 2)  # a power of four, so that few programs are compiled
         own, shared = np.zeros((x.shape[0], width), np.float32), np.zeros(x.shape[0], np.float32)
         rows, slots = np.nonzero(weights)
         np.add.at(own, (rows, np.searchsorted(used, experts[rows, slots])), weights[rows, slots])

@@ -41,7 +41,12 @@ def learn_shared(
 ) -> LearnedShared:
     """Trains one delta on all domains in turn; as many looks at dev, and as many rounds between them, as experts get."""
     base, count = embedder.base_encoder, len(data.sets)
-    own = dataclasses.replace(config, steps=config.shared_steps * count, evaluate_every=config.evaluate_every * count)
+    own = dataclasses.replace(
+        config,
+        steps=config.shared_steps * count,
+        learning_rate=config.shared_learning_rate,
+        evaluate_every=config.evaluate_every * count,
+    )
     shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
     bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
     tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)

@@ -25,11 +25,24 @@ def test_each_expert_gets_the_strengths_that_serve_it_best():
 
     def score(bank, shared):
         found = [strength_of(bank, shared, number) for number in range(2)]
-        return [scores(*[0.3 - abs(a - x) - abs(b - y)] * 2) for (a, b), (x, y) in zip(found, wanted, strict=True)]
+        far = [(a - x) ** 2 + (b - y) ** 2 for (a, b), (x, y) in zip(found, wanted, strict=True)]
+        return [scores(*[0.3 * (distance == 0) - 0.1 * distance] * 2) for distance in far]
 
     chosen = choose_strengths(BANK, DELTA, score, [scores(0, 0)] * 2, SEEN)
     assert [*zip(chosen.own.tolist(), chosen.shared.tolist(), strict=True)] == wanted
     assert all(np.allclose(values, scores(0.3, 0.3)) for values in chosen.values)
+
+
+def test_an_expert_that_hardly_cares_does_as_the_others_do():
+    """A domain whose own best is no more than noise takes what serves the other, which gains much by it."""
+
+    def score(bank, shared):
+        (own, under), (other, _) = (strength_of(bank, shared, number) for number in range(2))
+        noise = 0.001 if (own, under) == (0.25, 0.0) else 0.0
+        return [scores(0.1 + noise, 0.1 + noise), scores(*[0.3 - 0.3 * abs(other - 0.75)] * 2)]
+
+    chosen = choose_strengths(BANK, None, score, [scores(0, 0)] * 2, SEEN)
+    assert chosen.own.tolist() == [0.75, 0.75]
 
 
 def test_what_harms_unseen_queries_is_not_chosen_however_much_seen_ones_gain():
