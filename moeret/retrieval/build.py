@@ -25,6 +25,7 @@ from moeret.models.model import VECTORS, WORK, Model
 from moeret.progress import progress_bar
 from moeret.retrieval.documents import write_documents
 from moeret.retrieval.hnsw import build_segment, write_segment
+from moeret.retrieval.sketch import make_sketch
 from moeret.types import BASE_EXPERT, Document
 
 KIND = "index"
@@ -196,13 +197,14 @@ def _write(draft: Draft, placed: Placed, config: IndexConfig, show_progress_bar:
             for (name, (own, vectors)), start in zip(placed.items(), starts, strict=False)
         }
         segments = {name: write_segment(draft, f"{name}-0", job.result()) for name, job in jobs.items()}
-    same = _same_documents(documents)
+    same, sketches = _same_documents(documents), {name: make_sketch(vectors) for name, (_, vectors) in placed.items()}
     return {
         "documents": {
             "count": len(documents),
             "file": draft.add("documents.sqlite", lambda path: write_documents(path, documents)),
             "same": draft.add("same.safetensors", lambda path: save_file({"same": same}, path)),
         },
+        "sketches": draft.add("sketches.safetensors", lambda path: save_file(sketches, path)),
         "experts": {
             name: {"documents": segment["documents"], "segments": [segment]} for name, segment in segments.items()
         },

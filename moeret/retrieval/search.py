@@ -1,7 +1,7 @@
 """The Retriever: queries in, one ranked list each out."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -19,17 +19,21 @@ from moeret.retrieval.build import KIND
 from moeret.retrieval.documents import DocumentStore
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
 from moeret.retrieval.hnsw import Segment, read_segment
+from moeret.retrieval.sketch import promises
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
+MARGIN = 0.05
+"""How much less than the best of the router's own an index may promise and is searched too. With an expert left out, its
+documents may lie in any index; a wider margin finds more of them and costs more (experiments.leave_one_out)."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """index -> each query's weight there (0: not searched), and the vectors that given queries search an index with."""
+    """Each query's weight of each index (0: not searched), and the vectors that given queries search an index with."""
 
-    weights: dict[str, Float[np.ndarray, "Q"]]
+    weights: Float[np.ndarray, "Q I"]
     vectors: Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]
     routes: list[Route]
 
@@ -58,6 +62,9 @@ class Retriever:
         self._names = list(self._segments)
         self._starts = np.cumsum([0, *(meta["experts"][name]["documents"] for name in self._names)])[:-1]
         self._documents = DocumentStore(published.path(meta["documents"]["file"]))
+        sketches = load_file(published.path(meta["sketches"]))
+        self._sketches = [sketches[name] for name in self._names]
+        self.margin = MARGIN
         self.sizes: dict[str, int] = {name: expert["documents"] for name, expert in meta["experts"].items()}
         self._calibration = {entry["name"]: entry["calibration"] for entry in model.published.meta["experts"]}
         self._calibration[BASE_EXPERT] = model.published.meta["base"]["calibration"]
@@ -106,10 +113,11 @@ class Retriever:
         Args:
           queries: non-empty strings.
           k: how many hits, at least 1.
-          route: `auto` lets the router choose, and with fusion by score searches again as the base would where the best
-            hit is a document that no expert owns; `all` uses the router's experts but searches every index; `base` searches
-            every index as the base would, `shared` with the shared delta alone; an expert's name searches its index with it.
-          experts: at most this many experts per query (auto only); the model's router decides unless given.
+          route: `auto` lets the router choose; with documents in the base's space it also searches the indexes that promise
+            as much as the chosen ones, and with fusion by score it searches again as the base would where the best hit is a
+            document that no expert owns. `all` uses the router's experts but searches every index; `base` searches every
+            index as the base would, `shared` with the shared delta alone; an expert's name searches its index with it.
+          experts: at most this many experts are merged per query (auto only); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
             default there); `calibrated` (the default elsewhere) or `rrf`.
 
@@ -146,7 +154,11 @@ class Retriever:
             if not route.abstained and self._holders(hits[:1]) == [BASE_EXPERT]
         ]
         if rows:
-            again = self._search(self._plan([texts[row] for row in rows], BASE_EXPERT, None), len(rows), k, "score")
+            vectors = self.model.embedder.base([texts[row] for row in rows])
+            nowhere = np.zeros((len(rows), len(self._names)), np.float32)
+            again = self._search(
+                _Plan(self._reached(nowhere, vectors), _one_vector(vectors), []), len(rows), k, "score"
+            )
             for row, ranked, indexes in zip(rows, again.ranked, again.indexes, strict=True):
                 found.ranked[row], found.indexes[row] = ranked, indexes
                 found.routes[row] = dataclasses.replace(found.routes[row], experts={}, abstained=True)
@@ -155,17 +167,17 @@ class Retriever:
     def _search(self, plan: _Plan, count: int, k: int, fusion: Fusion) -> Rankings:
         """What `count` queries find by a plan."""
         rankings: list[list[Ranking]] = [[] for _ in range(count)]
-        for name, segments in self._segments.items():
-            rows = np.flatnonzero(plan.weights[name] > 0)
+        for number, (name, segments) in enumerate(self._segments.items()):
+            rows = np.flatnonzero(plan.weights[:, number] > 0)
             if len(rows):
                 slope, intercept = self._calibration[name] or (1.0, 0.0)
                 for segment in segments:
                     found = segment.search(plan.vectors(name, rows), k)
                     for row, (hits, scores) in zip(rows, found, strict=True):
-                        weight = float(plan.weights[name][row])
+                        weight = float(plan.weights[row, number])
                         rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
         fused = [fuse(own, fusion, k, self._same) for own in rankings]
-        searched = [tuple(name for name in self._segments if plan.weights[name][row] > 0) for row in range(count)]
+        searched = [tuple(self._names[number] for number in np.flatnonzero(own > 0)) for own in plan.weights]
         return Rankings(fused, searched, plan.routes)
 
     def hits(self, found: Rankings) -> list[list[Hit]]:
@@ -199,30 +211,51 @@ class Retriever:
     def _plan(self, texts: list[str], route: str, experts: int | None) -> "_Plan":
         """Decides for every query which indexes it searches, how much each weighs, and with which vector."""
         model, count = self.model, len(texts)
-        everywhere = {name: np.ones(count, np.float32) for name in self._segments}
+        everywhere = np.ones((count, len(self._names)), np.float32)
         if route in (BASE_EXPERT, SHARED_EXPERT):
             return _Plan(everywhere, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
         if route not in ("auto", "all"):
-            weights = {name: np.full(count, name == route, np.float32) for name in self._segments}
+            weights = everywhere * np.array([name == route for name in self._names], np.float32)
             return _Plan(weights, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
         router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
 
         choice, merged = model.embedder.routed(texts, router)
         routes = model.routes(choice)
-        if route == "all":
-            weights = everywhere
-        else:
-            weights = {
-                name: np.array([_weight(name, own, self._segments) for own in routes], np.float32)
-                for name in self._segments
-            }
+        chosen = np.array([[own.experts.get(name, 0.0) for name in self._names] for own in routes], np.float32)
         if model.tower == "query":
+            weights = everywhere if route == "all" else self._reached(chosen, merged)
             return _Plan(weights, _one_vector(merged), routes)
+        weights = everywhere if route == "all" else self._in_own_spaces(chosen, routes)
 
         def own_vectors(name: str, rows: np.ndarray) -> Float[np.ndarray, "Q D"]:
             return model.embedder.mixed([texts[row] for row in rows], *model.mixture(name, len(rows)))
 
         return _Plan(weights, own_vectors, routes)
+
+    def _reached(self, chosen: Float[np.ndarray, "Q I"], vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q I"]:
+        """The weights of the chosen indexes, and of those that promise as much; the best, where none is chosen.
+
+        A document may lie in another index than its query's: one without a domain goes where the router puts it.
+        """
+        promised = promises(vectors, self._sketches)
+        none = np.flatnonzero(~chosen.any(axis=1))
+        weights = chosen.copy()
+        weights[none, promised[none].argmax(axis=1)] = 1.0
+        reach = np.where(weights > 0, promised, -np.inf).max(axis=1, keepdims=True)
+        mean = weights.sum(axis=1, keepdims=True) / (weights > 0).sum(axis=1, keepdims=True)
+        return np.where((weights == 0) & (promised >= reach - self.margin), mean, weights)
+
+    def _in_own_spaces(self, chosen: Float[np.ndarray, "Q I"], routes: Sequence[Route]) -> Float[np.ndarray, "Q I"]:
+        """The weights where no promise can be compared: of the chosen indexes and the base's own, or of all by probability."""
+        even = 1 / (1 + len(self.model.experts))
+        by_chance = np.array(
+            [[own.probabilities.get(name, even) for name in self._names] for own in routes], np.float32
+        )
+        is_base = np.array([name == BASE_EXPERT for name in self._names])
+        mean = chosen.sum(axis=1, keepdims=True) / np.maximum((chosen > 0).sum(axis=1, keepdims=True), 1)
+        return np.where(
+            chosen.any(axis=1, keepdims=True), np.where(is_base, mean, chosen), np.maximum(by_chance, _LEAST_WEIGHT)
+        )
 
     def route(self, queries: Sequence[str]) -> list[Route]:
         """Which experts each query would use. Raises ConfigError for an empty query."""
@@ -272,16 +305,3 @@ def _hit(rank: int, score: float, expert: str, document: Document) -> Hit:
 def _one_vector(vectors: Float[np.ndarray, "Q D"]) -> Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]:
     """Each query searches every index with the same vector."""
     return lambda name, rows: vectors[rows]
-
-
-def _weight(name: str, route: Route, indexes: Collection[str]) -> float:
-    """How much an index weighs on a route; 0 if it is not searched.
-
-    Searched are the chosen experts' indexes, and everything where the router abstained or chose none that is here. The
-    base's own index, of documents that no expert owns, always is, with the mean weight of the chosen.
-    """
-    if not any(expert in indexes for expert in route.experts):
-        return max(route.probabilities.get(name, 1 / (1 + len(route.probabilities))), _LEAST_WEIGHT)
-    if name == BASE_EXPERT:
-        return sum(route.experts.values()) / len(route.experts)
-    return route.experts.get(name, 0.0)

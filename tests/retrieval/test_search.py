@@ -27,6 +27,8 @@ QUERIES = [
     "kiwi",
 ]
 TOLERANCE = 2e-5
+NOWHERE_ELSE, EVERYWHERE = -1.0, 2.0
+"""Margins with which no other index, or every index, promises enough to be searched."""
 
 
 @pytest.fixture(scope="module")
@@ -214,14 +216,51 @@ def test_a_route_searches_its_indexes_with_its_experts_vector(retriever, route, 
         np.testing.assert_allclose([hit.score for hit in hits], [score for score, _, _ in best], atol=TOLERANCE)
 
 
-def test_auto_searches_the_indexes_of_the_chosen_experts(retriever):
+def test_auto_searches_the_indexes_of_the_chosen_experts(index_folder):
+    retriever = Retriever.load(index_folder)
+    retriever.margin = NOWHERE_ELSE
     found = retriever.rank(QUERIES, 24)
     assert found.routes == retriever.route(QUERIES)
     for route, hits, indexes in zip(found.routes, retriever.hits(found), found.indexes, strict=True):
         assert route.abstained == (not route.experts)
-        assert set(indexes) == {hit.expert for hit in hits} == (route.experts or retriever.sizes).keys()
+        assert set(indexes) == {hit.expert for hit in hits}
+        assert route.experts.keys() == set(indexes) or (route.abstained and len(indexes) == 1)
         np.testing.assert_allclose(sum(route.experts.values()), not route.abstained, atol=1e-5)
         np.testing.assert_allclose(sum(route.probabilities.values()), 1, atol=1e-5)
+    retriever.close()
+
+
+def test_a_wider_margin_searches_more_indexes_with_the_same_vector(index_folder):
+    loaded = Retriever.load(index_folder)
+    everything = loaded.rank(QUERIES, 24, route="all")
+    before = [set()] * len(QUERIES)
+    for loaded.margin in (NOWHERE_ELSE, 0.0, 0.05, 0.3, EVERYWHERE):
+        found = loaded.rank(QUERIES, 24)
+        assert all(less <= {*indexes} for less, indexes in zip(before, found.indexes, strict=True))
+        before = [{*indexes} for indexes in found.indexes]
+    assert found.indexes == everything.indexes
+    for hits, wanted in zip(loaded.hits(found), loaded.hits(everything), strict=True):
+        assert_same_hits(hits, wanted)
+    loaded.close()
+
+
+def test_a_document_in_another_index_than_its_querys_is_found(tmp_path, model_folder, two_domains):
+    """The router knows only what a query looks like; a sketch tells that the other index has just that document."""
+    rows = [json.loads(line) for line in (two_domains["metal"] / "corpus.jsonl").read_text().splitlines()]
+    (tmp_path / "fruit").mkdir()
+    own = (two_domains["fruit"] / "corpus.jsonl").read_text()
+    strays = [{**row, "_id": f"stray-{row['_id']}"} for row in rows[:6]]
+    (tmp_path / "fruit" / "corpus.jsonl").write_text(own + "".join(json.dumps(row) + "\n" for row in strays))
+    write_jsonl(tmp_path / "metal" / "corpus.jsonl", rows[6:])
+    moeret.build_index(model_folder, tmp_path / "index", {name: tmp_path / name for name in ("fruit", "metal")})
+    loaded = Retriever.load(tmp_path / "index")
+    loaded.model.query_router = dataclasses.replace(loaded.model.query_router, slots=1, familiarity=None)
+    texts = [row["text"] for row in strays]
+    texts = [text for text, route in zip(texts, loaded.route(texts), strict=True) if route.experts.keys() == {"metal"}]
+    best = [hits[0].id for hits in loaded.search_batch(texts, 1)]
+    assert best == [hits[0].id for hits in loaded.search_batch(texts, 1, route="all")]
+    assert any(id.startswith("stray-") for id in best)
+    loaded.close()
 
 
 def test_an_unknown_route_is_refused_with_the_known_ones(retriever):
@@ -234,7 +273,7 @@ def test_an_unknown_route_is_refused_with_the_known_ones(retriever):
 def test_experts_limits_how_many_a_query_uses(index_folder):
     loaded = Retriever.load(index_folder)
     router = dataclasses.replace(loaded.model.query_router, minimum=0.0, familiarity=None)
-    loaded.model.query_router = router
+    loaded.model.query_router, loaded.margin = router, NOWHERE_ELSE
     for experts in (1, 2, 99):
         found = loaded.rank(QUERIES, 5, experts=experts)
         assert {len(route.experts) for route in found.routes} == {min(experts, 2)}
@@ -242,10 +281,11 @@ def test_experts_limits_how_many_a_query_uses(index_folder):
     loaded.close()
 
 
-def test_an_abstained_query_searches_everything_with_the_bases_vector(abstaining):
-    found = abstaining.rank(QUERIES, 24)
-    assert all(route.abstained and not route.experts for route in found.routes)
-    assert set(found.indexes) == {("fruit", "metal")}
+def test_an_abstained_query_searches_what_promises_most_with_the_bases_vector(abstaining):
+    for abstaining.margin, indexes in ((NOWHERE_ELSE, 1), (EVERYWHERE, 2)):
+        found = abstaining.rank(QUERIES, 24)
+        assert all(route.abstained and not route.experts for route in found.routes)
+        assert {len(own) for own in found.indexes} == {indexes}
     for hits, base in zip(abstaining.hits(found), abstaining.search_batch(QUERIES, 24, route="base"), strict=True):
         assert_same_hits(hits, base)
 

@@ -1,0 +1,32 @@
+"""Sketches: what an index holds, in a few vectors, so that a query need not search it to know whether it could.
+
+A sketch is the centroids of a spherical k-means over an index's vectors, as the coarse level of an inverted file (Sivic and
+Zisserman, ICCV 2003) has. What an index *promises* a query is the best cosine to its sketch.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+CENTROIDS = 32
+"""Vectors of a sketch at most."""
+_SAMPLE, _ROUNDS = 20_000, 6
+
+
+def make_sketch(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "C D"]:
+    """At most CENTROIDS unit vectors that stand for these, which are not empty; the same for the same vectors."""
+    sample = vectors[:: -(-len(vectors) // _SAMPLE)]
+    centroids = sample[np.random.default_rng(0).permutation(len(sample))[:CENTROIDS]]
+    for _ in range(_ROUNDS):
+        nearest = (sample @ centroids.T).argmax(axis=1)
+        sums = np.zeros_like(centroids)
+        np.add.at(sums, nearest, sample)
+        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+        centroids = np.where(lengths > 1e-6, sums / np.maximum(lengths, 1e-6), centroids)  # an empty one stays
+    return centroids.astype(np.float32)
+
+
+def promises(queries: Float[np.ndarray, "Q D"], sketches: Sequence[np.ndarray]) -> Float[np.ndarray, "Q I"]:
+    """What each index promises each query: the best dot product with its sketch."""
+    return np.stack([(queries @ sketch.T).max(axis=1, initial=-1.0) for sketch in sketches], axis=1)
