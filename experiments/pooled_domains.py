@@ -46,8 +46,8 @@ QUICK = ("attack-cti", "esco-jobs", "conala")
 RIVALS = ((None, 6e-4), (64, 2e-3), (None, 1e-3))
 """(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
 other seeds take the first's choice. The larger the rank, the further a delta moves at the same rate: rank 224 diverges at 2e-3."""
-MINIMA = (0.3, 0.03, 0.001)
-"""Least probabilities of an expert to be used, for the curve of quality against cost."""
+MINIMA, MARGINS = (0.3, 0.03), (0.0, 0.1, 0.2)
+"""Least probabilities of an expert to be used, and how much less another index may promise, for the curve against cost."""
 VOTES = 100
 """Training queries a domain that vote for RouterRetriever's pilots."""
 
@@ -256,7 +256,10 @@ def evaluate(
                 route(f"minimum {minimum:g}", "auto", home)
             model.query_router = dataclasses.replace(chosen, slots=1)
             route("one expert", "auto", home)
-            model.query_router = chosen
+            model.query_router, usual = chosen, retriever.margin
+            for retriever.margin in MARGINS:
+                route(f"margin {retriever.margin:g}", "auto", home)
+            retriever.margin = usual
             best = []
             for expert in model.experts:
                 found = {test.name: search_route(retriever, test, expert, bar) for test in home}

@@ -370,7 +370,7 @@ def _print_json(value: Any) -> None:
 
 def _print_route(route: Any) -> None:
     used = ", ".join(f"{name} {weight:.0%}" for name, weight in route.experts.items())
-    _OUT.print(f"experts: {used or 'none; the router abstains to the base, everywhere'}", markup=False)
+    _OUT.print(f"experts: {used or 'none; the router abstains to the base'}", markup=False)
 
 
 def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
