@@ -64,13 +64,16 @@ class Router:
 
     def choose(self, read: Float[np.ndarray, "Q D"]) -> Choice:
         """Which experts each query uses, from what the router reads of it."""
-        probabilities = self.probabilities(read)
+        familiar = np.ones(len(read), bool) if self.familiarity is None else self.familiarity.holds(read)
+        return self.pick(self.probabilities(read), ~familiar)
+
+    def pick(self, probabilities: Float[np.ndarray, "Q E"], abstained: Bool[np.ndarray, "Q"]) -> Choice:
+        """Which experts queries with these probabilities use; none where `abstained`."""
         slots = min(self.slots, probabilities.shape[1])
         experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :slots]
         best = np.take_along_axis(probabilities, experts, axis=1)
         kept = best >= self.minimum
         kept[:, 0] = True
-        abstained = np.zeros(len(read), bool) if self.familiarity is None else ~self.familiarity.holds(read)
         weights = np.where(kept & ~abstained[:, None], best, 0.0)
         total = weights.sum(axis=1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)

@@ -15,6 +15,7 @@ from moeret.artifact import Artifact
 from moeret.config import IndexConfig, require
 from moeret.errors import ArtifactError
 from moeret.models.model import Model, check_texts
+from moeret.models.router import Choice, Router
 from moeret.retrieval.build import KIND
 from moeret.retrieval.documents import DocumentStore
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
@@ -22,9 +23,10 @@ from moeret.retrieval.hnsw import Segment, read_segment
 from moeret.retrieval.sketch import promises
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
-MARGIN = 0.05
-"""How much less than the best of the router's own an index may promise and is searched too. With an expert left out, its
-documents may lie in any index; a wider margin finds more of them and costs more (experiments.leave_one_out)."""
+MARGIN, STRANGERS = 0.05, 3
+"""How much less than the best of the chosen ones an index may promise and is searched too; so many times that where the
+router abstains. Documents of a domain without an expert may lie in any index: a wider margin finds more of them and costs
+more (experiments.leave_one_out)."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 
@@ -155,10 +157,8 @@ class Retriever:
         ]
         if rows:
             vectors = self.model.embedder.base([texts[row] for row in rows])
-            nowhere = np.zeros((len(rows), len(self._names)), np.float32)
-            again = self._search(
-                _Plan(self._reached(nowhere, vectors), _one_vector(vectors), []), len(rows), k, "score"
-            )
+            weights = self._reached(np.zeros((len(rows), len(self._names)), np.float32), vectors)
+            again = self._search(_Plan(weights, _one_vector(vectors), []), len(rows), k, "score")
             for row, ranked, indexes in zip(rows, again.ranked, again.indexes, strict=True):
                 found.ranked[row], found.indexes[row] = ranked, indexes
                 found.routes[row] = dataclasses.replace(found.routes[row], experts={}, abstained=True)
@@ -219,7 +219,7 @@ class Retriever:
             return _Plan(weights, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
         router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
 
-        choice, merged = model.embedder.routed(texts, router)
+        choice, merged = self._routed(texts, router)
         routes = model.routes(choice)
         chosen = np.array([[own.experts.get(name, 0.0) for name in self._names] for own in routes], np.float32)
         if model.tower == "query":
@@ -232,18 +232,42 @@ class Retriever:
 
         return _Plan(weights, own_vectors, routes)
 
+    def _routed(self, texts: Sequence[str], router: Router) -> tuple[Choice, Float[np.ndarray, "Q D"]]:
+        """What the router chooses, and the vectors.
+
+        An unfamiliar query need not be a stranger. Where the router abstains, but the base's vector promises clearly more in
+        the index of the likeliest expert than among the documents that no expert owns, the router's experts count after all.
+        """
+        choice, vectors = self.model.embedder.routed(texts, router)
+        rows = np.flatnonzero(choice.abstained)
+        if self.model.tower == "both" or not len(rows):
+            return choice, vectors
+        anyway = router.pick(choice.probabilities[rows], np.zeros(len(rows), bool))
+        promised = dict(zip(self._names, promises(vectors[rows], self._sketches).T, strict=True))
+        nothing = np.full(len(rows), -np.inf, np.float32)
+        of_experts = np.stack([promised.get(name, nothing) for name in self.model.experts], axis=1)
+        best = np.take_along_axis(of_experts, anyway.experts[:, :1] - 1, axis=1)[:, 0]
+        known = promised.get(BASE_EXPERT, nothing) < best - STRANGERS * self.margin
+        rows, anyway = rows[known], Choice(*(field[known] for field in anyway))
+        if len(rows):
+            vectors[rows] = self.model.embedder.mixed([texts[row] for row in rows], anyway.experts, anyway.weights)
+            for field, own in zip(choice, anyway, strict=True):
+                field[rows] = own
+        return choice, vectors
+
     def _reached(self, chosen: Float[np.ndarray, "Q I"], vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q I"]:
         """The weights of the chosen indexes, and of those that promise as much; the best, where none is chosen.
 
         A document may lie in another index than its query's: one without a domain goes where the router puts it.
         """
         promised = promises(vectors, self._sketches)
-        none = np.flatnonzero(~chosen.any(axis=1))
+        none = ~chosen.any(axis=1)
+        margin = np.where(none, STRANGERS * self.margin, self.margin)[:, None]
         weights = chosen.copy()
         weights[none, promised[none].argmax(axis=1)] = 1.0
         reach = np.where(weights > 0, promised, -np.inf).max(axis=1, keepdims=True)
         mean = weights.sum(axis=1, keepdims=True) / (weights > 0).sum(axis=1, keepdims=True)
-        return np.where((weights == 0) & (promised >= reach - self.margin), mean, weights)
+        return np.where((weights == 0) & (promised >= reach - margin), mean, weights)
 
     def _in_own_spaces(self, chosen: Float[np.ndarray, "Q I"], routes: Sequence[Route]) -> Float[np.ndarray, "Q I"]:
         """The weights where no promise can be compared: of the chosen indexes and the base's own, or of all by probability."""
@@ -260,7 +284,8 @@ class Retriever:
     def route(self, queries: Sequence[str]) -> list[Route]:
         """Which experts each query would use. Raises ConfigError for an empty query."""
         self._check(queries, 1, "auto", None, None)
-        return self.model.route(queries)
+        texts = self.model.with_prompt(queries, "query")
+        return self.model.routes(self._routed(texts, self.model.query_router)[0]) if texts else []
 
     def _check(self, queries: Sequence[str], k: int, route: str, experts: int | None, fusion: Fusion | None) -> None:
         check_texts(queries, "queries")

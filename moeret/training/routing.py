@@ -21,8 +21,9 @@ from moeret.models.embed import Embedder
 from moeret.models.familiarity import balanced_moments, fit_familiarity
 from moeret.models.router import Choice, Reads, Router, centroid_router, half
 
-MINIMA = (0.3, 0.1, 0.03, 0.01)
-"""Least probabilities tried for an expert to be used; of equals the first, which searches fewest."""
+MINIMA, INDIFFERENT = (0.3, 0.1, 0.03, 0.01), 0.001
+"""Least probabilities tried for an expert to be used. The first, which searches fewest, whose dev nDCG@10 is within so little
+of the best is taken."""
 UNFAMILIAR_QUERIES, UNFAMILIAR_DOCUMENTS = 0.02, 0.1
 """Share of dev, or of held-out documents, that may count as of no known domain. Among the base's own documents, which
 every query searches, a document is well placed."""
@@ -160,10 +161,10 @@ class DevSearch:
     pool: Float[np.ndarray, "N D"]
 
     def tune(self, router: Router) -> tuple[float, Router]:
-        """The least probability with the best dev nDCG@10, domains weighing the same, and that."""
+        """The dev nDCG@10, domains weighing the same, and the router with the highest least probability that is about best."""
         candidates = [replace(router, minimum=minimum) for minimum in MINIMA]
         scores = np.mean([self._routed(candidates, own) for own in self.dev], axis=0)
-        best = int(scores.argmax())
+        best = int(np.flatnonzero(scores >= scores.max() - INDIFFERENT)[0])
         return float(scores[best]), candidates[best]
 
     def _routed(self, routers: Sequence[Router], own: DevSet) -> list[float]:

@@ -134,6 +134,32 @@ def test_a_query_whose_best_hit_no_expert_owns_is_searched_again_as_the_base_wou
             assert own[0].expert != "base" and route.experts
 
 
+def test_an_unfamiliar_query_is_a_strangers_only_where_unowned_documents_promise_as_much(
+    tmp_path, monkeypatch, model_folder, two_domains
+):
+    """To this router every query is unfamiliar; what the index holds tells the strangers."""
+    place_by_router(monkeypatch, 1.1)
+    strangers = [row["text"] for row in loose_corpus(tmp_path / "loose.jsonl")]
+    known = [read_corpus(path / "corpus.jsonl")[0].contents for path in two_domains.values()]
+    found = {}
+    for name, loose in (("alone", []), ("mixed", [tmp_path / "loose.jsonl"])):
+        build_index(model_folder, tmp_path / name, two_domains, loose)
+        retriever = moeret.Retriever.load(tmp_path / name)
+        router = retriever.model.query_router
+        unfamiliar = dataclasses.replace(router.familiarity, limit=1.1)
+        retriever.model.query_router = dataclasses.replace(router, familiarity=unfamiliar)
+        retriever.margin = 0.0  # of a base that was never trained every cosine is high
+        assert retriever.model.route(known)[0].abstained
+        found[name] = [route.abstained for route in retriever.route([*strangers, *known])]
+        for query, hits, base in zip(
+            strangers, *(retriever.search_batch(strangers, 1, route=route) for route in ("auto", "base")), strict=True
+        ):
+            if name == "mixed":
+                assert hits[0].id == base[0].id, query
+        retriever.close()
+    assert found == {"alone": [False] * 7, "mixed": [True] * 5 + [False] * 2}
+
+
 def test_an_index_of_loose_documents_alone(tmp_path, monkeypatch, model_folder):
     place_by_router(monkeypatch, 1.1)
     loose_corpus(tmp_path / "loose.jsonl")

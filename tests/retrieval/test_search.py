@@ -62,18 +62,6 @@ def both(tmp_path_factory, base_folder, two_domains):
     loaded.close()
 
 
-@pytest.fixture
-def abstaining(index_folder):
-    """A retriever to whose router nothing is familiar."""
-    loaded = Retriever.load(index_folder)
-    router = loaded.model.query_router
-    loaded.model.query_router = dataclasses.replace(
-        router, familiarity=dataclasses.replace(router.familiarity, limit=1.1)
-    )
-    yield loaded
-    loaded.close()
-
-
 def assert_same_hits(one, other):
     """The same documents in the same order, but for scores that differ by no more than rounding."""
     np.testing.assert_allclose([hit.score for hit in one], [hit.score for hit in other], atol=TOLERANCE)
@@ -206,7 +194,9 @@ def expected_hits(retriever, query_vector, names, k):
 
 
 @pytest.mark.parametrize(("route", "expert"), [("base", None), ("fruit", "fruit"), ("metal", "metal"), ("all", "auto")])
-def test_a_route_searches_its_indexes_with_its_experts_vector(retriever, route, expert):
+def test_a_route_searches_its_indexes_with_its_experts_vector(index_folder, route, expert):
+    retriever = Retriever.load(index_folder)
+    retriever.model.query_router = dataclasses.replace(retriever.model.query_router, familiarity=None)
     names = [route] if route in ("fruit", "metal") else ["fruit", "metal"]
     vectors = retriever.model.encode_query(QUERIES, expert=expert, normalize_embeddings=True)
     found = retriever.rank(QUERIES, 6, route=route)
@@ -223,9 +213,8 @@ def test_auto_searches_the_indexes_of_the_chosen_experts(index_folder):
     assert found.routes == retriever.route(QUERIES)
     for route, hits, indexes in zip(found.routes, retriever.hits(found), found.indexes, strict=True):
         assert route.abstained == (not route.experts)
-        assert set(indexes) == {hit.expert for hit in hits}
-        assert route.experts.keys() == set(indexes) or (route.abstained and len(indexes) == 1)
-        np.testing.assert_allclose(sum(route.experts.values()), not route.abstained, atol=1e-5)
+        assert route.experts.keys() == set(indexes) == {hit.expert for hit in hits}
+        np.testing.assert_allclose(sum(route.experts.values()), 1, atol=1e-5)
         np.testing.assert_allclose(sum(route.probabilities.values()), 1, atol=1e-5)
     retriever.close()
 
@@ -279,15 +268,6 @@ def test_experts_limits_how_many_a_query_uses(index_folder):
         assert {len(route.experts) for route in found.routes} == {min(experts, 2)}
         assert {len(indexes) for indexes in found.indexes} == {min(experts, 2)}
     loaded.close()
-
-
-def test_an_abstained_query_searches_what_promises_most_with_the_bases_vector(abstaining):
-    for abstaining.margin, indexes in ((NOWHERE_ELSE, 1), (EVERYWHERE, 2)):
-        found = abstaining.rank(QUERIES, 24)
-        assert all(route.abstained and not route.experts for route in found.routes)
-        assert {len(own) for own in found.indexes} == {indexes}
-    for hits, base in zip(abstaining.hits(found), abstaining.search_batch(QUERIES, 24, route="base"), strict=True):
-        assert_same_hits(hits, base)
 
 
 @pytest.mark.parametrize("sharpness", [1, 1000])
