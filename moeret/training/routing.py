@@ -25,8 +25,8 @@ MINIMA, INDIFFERENT = (0.3, 0.1, 0.03, 0.01), 0.001
 """Least probabilities tried for an expert to be used. The first, which searches fewest, whose dev nDCG@10 is within so little
 of the best is taken."""
 UNFAMILIAR_QUERIES, UNFAMILIAR_DOCUMENTS = 0.02, 0.1
-"""Share of dev, or of held-out documents, that may count as of no known domain. Among the base's own documents, which
-every query searches, a document is well placed."""
+"""Share of dev, or of held-out documents, that may count as of no known domain. A query is looked at again in retrieval; a
+document is well placed among the base's own, which every stranger searches."""
 _STEPS, _L2 = 200, 1e-5
 _UNSEARCHED = -2.0  # below any cosine
 
