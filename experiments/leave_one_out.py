@@ -21,11 +21,13 @@ import tyro
 
 import moeret
 from experiments.pooled_domains import TRAINED
-from moeret.data.beir import sample
-from moeret.evaluation.benchmark import cost, search_route
+from moeret.data.beir import Judged, sample
+from moeret.evaluation.benchmark import search_route
 from moeret.evaluation.testsets import read_test_sets, score
 from moeret.metrics import NDCG
-from moeret.retrieval.search import MARGIN
+from moeret.retrieval.search import MARGIN, Rankings
+from moeret.training.prepare import read_domains
+from moeret.types import BASE_EXPERT
 from scripts.benchmarks import markdown_table, write_section
 
 LOSS = 0.005
@@ -51,7 +53,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     found = {}
     for name in TRAINED:
-        file = arguments.out / f"{name}.json"
+        file = arguments.out / f"{name}-{arguments.queries}-queries.json"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(_without(name, arguments)))
@@ -95,7 +97,7 @@ def _test_table(found: dict[str, dict[str, Any]]) -> str:
 
 def _dev_table(found: dict[str, dict[str, Any]]) -> str:
     rows = []
-    for margin in map(str, MARGINS):
+    for margin in (f"{margin:g}" for margin in MARGINS):
         losses = [own["dev"][margin]["routed"] - own["dev"]["base"] for own in found.values()]
         indexes = np.mean([own["dev"][margin]["indexes"] for own in found.values()])
         rows.append([margin, f"{100 * np.mean(losses):+.2f}", f"{100 * min(losses):+.1f}", f"{indexes:.2f}"])
@@ -104,7 +106,7 @@ def _dev_table(found: dict[str, dict[str, Any]]) -> str:
 
 def _without(name: str, arguments: Arguments) -> dict[str, Any]:
     """Scores of one domain in a model without its expert."""
-    place = arguments.out / name
+    place, own = arguments.out / name, arguments.data / name
     model = place / "model"
     shutil.rmtree(place, ignore_errors=True)
     source = arguments.pooled / "seed-0" / "model"
@@ -112,27 +114,28 @@ def _without(name: str, arguments: Arguments) -> dict[str, Any]:
     shutil.copy(source / "manifest.json", model)  # the one file that is replaced
     moeret.remove_expert(model, name)
     others = {other: arguments.data / other for other in TRAINED if other != name}
-    corpus = arguments.data / name / "corpus.jsonl"
     exact = moeret.IndexConfig(exact_below=10**9)  # graphs would take longer to build than to save
-    moeret.build_index(model, place / "index", others, [corpus], config=exact, show_progress_bar=True)
+    moeret.build_index(model, place / "index", others, [own / "corpus.jsonl"], config=exact, show_progress_bar=True)
     retriever = moeret.Retriever.load(place / "index")
-    result: dict[str, Any] = {}
-    for split, margins in (("dev", MARGINS), ("test", (MARGIN,))):
-        tests = read_test_sets(retriever, {name: arguments.data / name}, split)
-        tests = [dataclasses.replace(test, judged=sample(test.judged, arguments.queries)) for test in tests]
+    [test] = read_test_sets(retriever, {name: own}, "test")
+    [domain] = read_domains({name: own})
 
-        def run(route: str, tests=tests) -> tuple[float, moeret.retrieval.search.Rankings]:
-            found = search_route(retriever, tests[0], route, lambda count: None)
-            return float(score(tests, {name: found.ranked}).mean()[NDCG]), found
+    def run(judged: Judged, route: str) -> tuple[float, Rankings]:
+        asked = dataclasses.replace(test, judged=sample(judged, arguments.queries))
+        found = search_route(retriever, asked, route, lambda count: None)
+        return float(score([asked], {name: found.ranked}).mean()[NDCG]), found
 
-        result[split] = {"base": run("base")[0]}
-        for retriever.margin in margins:
-            routed, found = run("auto")
-            indexes = cost(retriever, {name: found})["indexes"]
-            result[split][f"{retriever.margin}"] = {"routed": routed, "indexes": indexes}
-    result["test"]["routed"] = routed
-    result["abstained"] = float(np.mean([route.abstained for route in found.routes]))
-    result["at_home"] = retriever.sizes.get("base", 0) / len(tests[0].documents)
+    routed, found = run(test.judged, "auto")
+    result = {
+        "at_home": retriever.sizes.get(BASE_EXPERT, 0) / len(domain.corpus),
+        "abstained": float(np.mean([route.abstained for route in found.routes])),
+        "test": {"base": run(test.judged, "base")[0], "routed": routed},
+        "dev": {"base": run(domain.splits["dev"], "base")[0]},
+    }
+    for retriever.margin in MARGINS:
+        routed, found = run(domain.splits["dev"], "auto")
+        indexes = float(np.mean([len(names) for names in found.indexes]))
+        result["dev"][f"{retriever.margin:g}"] = {"routed": routed, "indexes": indexes}
     retriever.close()
     shutil.rmtree(place)
     return result

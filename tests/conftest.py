@@ -1,7 +1,9 @@
 """A tiny base encoder and tiny domains, made on the spot: the whole suite runs offline on a CPU."""
 
+import dataclasses
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -20,6 +22,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from safetensors.numpy import save_file  # noqa: E402
 
 import moeret  # noqa: E402
+from moeret.models.model import Model  # noqa: E402
+from moeret.retrieval import build  # noqa: E402
 
 WIDTH, LAYERS, HEADS, MLP, POSITIONS = 16, 3, 2, 32, 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -44,6 +48,16 @@ TOPICS = {
 FILLER = ["find", "the", "about", "which", "of", "a", "very", "text", "on", "is", "with", "and", "long", "story"]
 NICKNAMES = [f"nick{number}" for number in range(12)]
 SPLITS = {"train": range(8), "dev": range(8, 10), "test": range(10, 12)}
+
+
+QUERIES = [
+    "find the metal nick10",
+    "which fruit is nick3",
+    "nick11 of the fruit",
+    "gold and silver",
+    "a very long story about the text with apple and pear and plum and iron and zinc on the rhine",
+    "kiwi",
+]
 
 
 @pytest.fixture(scope="session")
@@ -191,3 +205,36 @@ def index_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, t
     out = tmp_path_factory.mktemp("index") / "index"
     moeret.build_index(model_folder, out, two_domains)
     return out
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory, base_folder, two_domains):
+    """An index whose experts encoded their own documents."""
+    out = tmp_path_factory.mktemp("both")
+    config = moeret.TrainConfig(
+        tower="both", steps=6, batch_size=8, evaluate_every=3, expert=moeret.ExpertConfig(rank=4, layers=2)
+    )
+    moeret.train(two_domains, out / "model", base=str(base_folder), config=config)
+    moeret.build_index(out / "model", out / "index", two_domains)
+    loaded = moeret.Retriever.load(out / "index")
+    yield loaded
+    loaded.close()
+
+
+def assert_ranked(hits):
+    assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
+    assert all(before.score >= after.score for before, after in pairwise(hits))
+    assert len({(hit.expert, hit.id) for hit in hits}) == len(hits)
+
+
+def place_by_router(monkeypatch, limit: float) -> None:
+    """Makes every document (-1) or none (above 1) familiar to the document router."""
+    load = Model.load
+
+    def altered(path):
+        model = load(path)
+        familiarity = dataclasses.replace(model.document_router.familiarity, limit=limit)
+        model.document_router = dataclasses.replace(model.document_router, familiarity=familiarity)
+        return model
+
+    monkeypatch.setattr(build.Model, "load", altered)

@@ -64,20 +64,22 @@ class Router:
 
     def choose(self, read: Float[np.ndarray, "Q D"]) -> Choice:
         """Which experts each query uses, from what the router reads of it."""
-        familiar = np.ones(len(read), bool) if self.familiarity is None else self.familiarity.holds(read)
-        return self.pick(self.probabilities(read), ~familiar)
+        choice = self.pick(self.probabilities(read))
+        if self.familiarity is None:
+            return choice
+        familiar = self.familiarity.holds(read)
+        return choice._replace(weights=choice.weights * familiar[:, None], abstained=~familiar)
 
-    def pick(self, probabilities: Float[np.ndarray, "Q E"], abstained: Bool[np.ndarray, "Q"]) -> Choice:
-        """Which experts queries with these probabilities use; none where `abstained`."""
+    def pick(self, probabilities: Float[np.ndarray, "Q E"]) -> Choice:
+        """Which experts queries with these probabilities use, however unfamiliar they are."""
         slots = min(self.slots, probabilities.shape[1])
         experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :slots]
         best = np.take_along_axis(probabilities, experts, axis=1)
         kept = best >= self.minimum
         kept[:, 0] = True
-        weights = np.where(kept & ~abstained[:, None], best, 0.0)
-        total = weights.sum(axis=1, keepdims=True)
-        weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-        return Choice(probabilities, experts + 1, weights.astype(np.float32), abstained)
+        weights = np.where(kept, best, 0.0)
+        weights /= weights.sum(axis=1, keepdims=True)
+        return Choice(probabilities, experts + 1, weights.astype(np.float32), np.zeros(len(weights), bool))
 
     def scaled(self, scale: float) -> "Router":
         """The same router with sharper (above 1) or softer probabilities."""

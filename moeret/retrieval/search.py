@@ -23,10 +23,12 @@ from moeret.retrieval.hnsw import Segment, read_segment
 from moeret.retrieval.sketch import promises
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
-MARGIN, STRANGERS = 0.05, 3
-"""How much less than the best of the chosen ones an index may promise and is searched too; so many times that where the
-router abstains. Documents of a domain without an expert may lie in any index: a wider margin finds more of them and costs
-more (experiments.leave_one_out)."""
+MARGIN, WIDER = 0.05, 3
+"""How much less than the best of the chosen ones an index may promise and is searched too; so many times that where none is
+chosen. Documents of a domain without an expert may lie in any index: a wider margin finds more of them and costs more
+(experiments.leave_one_out)."""
+CLEARLY = 0.15
+"""How much more an expert's index must promise than the base's own for an unfamiliar query to be the expert's."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 
@@ -50,7 +52,10 @@ class Rankings:
 
 
 class Retriever:
-    """Searches an index. Everything it holds is immutable, so any number of threads may search at once."""
+    """Searches an index. Searching changes nothing, so any number of threads may search at once.
+
+    `fusion` and `margin` are the defaults of every search; set them before the first.
+    """
 
     def __init__(self, published: Artifact, model: Model):
         meta = published.meta
@@ -116,10 +121,10 @@ class Retriever:
           queries: non-empty strings.
           k: how many hits, at least 1.
           route: `auto` lets the router choose; with documents in the base's space it also searches the indexes that promise
-            as much as the chosen ones, and with fusion by score it searches again as the base would where the best hit is a
-            document that no expert owns. `all` uses the router's experts but searches every index; `base` searches every
+            as much as the chosen ones, and with fusion by score it searches again with the base's vector where the best hit is
+            a document that no expert owns. `all` uses the router's experts but searches every index; `base` searches every
             index as the base would, `shared` with the shared delta alone; an expert's name searches its index with it.
-          experts: at most this many experts are merged per query (auto only); the model's router decides unless given.
+          experts: at most this many experts are merged per query (auto and all); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
             default there); `calibrated` (the default elsewhere) or `rrf`.
 
@@ -146,7 +151,7 @@ class Retriever:
         return self._second_look(found, texts, k) if route == "auto" and fusion == "score" else found
 
     def _second_look(self, found: Rankings, texts: Sequence[str], k: int) -> Rankings:
-        """Searches as the base would where the experts' best hit is a document that no expert owns.
+        """Searches with the base's vector where the experts' best hit is a document that no expert owns.
 
         Such a query is of no expert's domain, although the router took it for one's.
         """
@@ -235,19 +240,19 @@ class Retriever:
     def _routed(self, texts: Sequence[str], router: Router) -> tuple[Choice, Float[np.ndarray, "Q D"]]:
         """What the router chooses, and the vectors.
 
-        An unfamiliar query need not be a stranger. Where the router abstains, but the base's vector promises clearly more in
-        the index of the likeliest expert than among the documents that no expert owns, the router's experts count after all.
+        An unfamiliar query need not be foreign. Where the router abstains, but to the base's vector the likeliest expert's
+        index promises clearly more than the base's own, or there is no such index, the router's experts count after all.
         """
         choice, vectors = self.model.embedder.routed(texts, router)
         rows = np.flatnonzero(choice.abstained)
         if self.model.tower == "both" or not len(rows):
             return choice, vectors
-        anyway = router.pick(choice.probabilities[rows], np.zeros(len(rows), bool))
+        anyway = router.pick(choice.probabilities[rows])
         promised = dict(zip(self._names, promises(vectors[rows], self._sketches).T, strict=True))
         nothing = np.full(len(rows), -np.inf, np.float32)
         of_experts = np.stack([promised.get(name, nothing) for name in self.model.experts], axis=1)
         best = np.take_along_axis(of_experts, anyway.experts[:, :1] - 1, axis=1)[:, 0]
-        known = promised.get(BASE_EXPERT, nothing) < best - STRANGERS * self.margin
+        known = promised.get(BASE_EXPERT, nothing) < best - CLEARLY
         rows, anyway = rows[known], Choice(*(field[known] for field in anyway))
         if len(rows):
             vectors[rows] = self.model.embedder.mixed([texts[row] for row in rows], anyway.experts, anyway.weights)
@@ -262,7 +267,7 @@ class Retriever:
         """
         promised = promises(vectors, self._sketches)
         none = ~chosen.any(axis=1)
-        margin = np.where(none, STRANGERS * self.margin, self.margin)[:, None]
+        margin = np.where(none, WIDER * self.margin, self.margin)[:, None]
         weights = chosen.copy()
         weights[none, promised[none].argmax(axis=1)] = 1.0
         reach = np.where(weights > 0, promised, -np.inf).max(axis=1, keepdims=True)

@@ -24,9 +24,9 @@ def make_sketch(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "C D"]:
         np.add.at(sums, nearest, sample)
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
         centroids = np.where(lengths > 1e-6, sums / np.maximum(lengths, 1e-6), centroids)  # an empty one stays
-    return centroids.astype(np.float32)
+    return centroids
 
 
 def promises(queries: Float[np.ndarray, "Q D"], sketches: Sequence[np.ndarray]) -> Float[np.ndarray, "Q I"]:
     """What each index promises each query: the best dot product with its sketch."""
-    return np.stack([(queries @ sketch.T).max(axis=1, initial=-1.0) for sketch in sketches], axis=1)
+    return np.stack([(queries @ sketch.T).max(axis=1) for sketch in sketches], axis=1)

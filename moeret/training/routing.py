@@ -1,8 +1,8 @@
 """Fitting routers, and deciding on dev which one to use and how cautious it is.
 
-Candidates are the nearest centroids and a learned linear router, each calibrated on dev. What is compared is what users
-get: dev nDCG@10 of routed search over all domains' documents. Where documents live in their experts' own spaces that
-would mean encoding them all again, so there dev accuracy decides.
+Candidates are the nearest centroids and a learned linear router, each calibrated on dev. What is compared is dev nDCG@10 of
+routed search in the chosen experts' indexes, over all domains' documents. Where documents live in their experts' own spaces
+that would mean encoding them all again, so there dev accuracy decides.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ MINIMA, INDIFFERENT = (0.3, 0.1, 0.03, 0.01), 0.001
 """Least probabilities tried for an expert to be used. The first, which searches fewest, whose dev nDCG@10 is within so little
 of the best is taken."""
 UNFAMILIAR_QUERIES, UNFAMILIAR_DOCUMENTS = 0.02, 0.1
-"""Share of dev, or of held-out documents, that may count as of no known domain. A query is looked at again in retrieval; a
-document is well placed among the base's own, which every stranger searches."""
+"""Share of dev, or of held-out documents, that may count as of no known domain. Retrieval corrects both: by what the indexes
+promise a query, and by searching other indexes for a document."""
 _STEPS, _L2 = 200, 1e-5
 _UNSEARCHED = -2.0  # below any cosine
 

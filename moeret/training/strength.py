@@ -40,7 +40,8 @@ def choose_strengths(
     """The strengths with the best dev nDCG@10 of which neither seen nor unseen queries suffer against the base.
 
     What is best for a domain is read off its few hundred queries with noise, and most domains want about the same. So a
-    domain's own mean and the mean of all domains count alike (shrinkage to the common mean, James and Stein, 1961).
+    domain's own mean and the mean of all domains count alike: shrinkage to the common mean (James and Stein, 1961), by a
+    fixed half.
     """
     experts = len(base)
     trained = any(np.any(factors["b"]) for matrices in bank.values() for factors in matrices.values())

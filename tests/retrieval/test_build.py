@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_domain, write_jsonl
+from conftest import place_by_router, write_domain, write_jsonl
 from safetensors import SafetensorError
 
 import moeret
@@ -16,7 +16,7 @@ from moeret import artifact
 from moeret.config import IndexConfig
 from moeret.data.beir import read_corpus
 from moeret.models.model import Model
-from moeret.retrieval import build
+from moeret.retrieval import build, search
 from moeret.retrieval.build import build_index
 from moeret.types import Document
 
@@ -33,19 +33,6 @@ def index(tmp_path, index_folder) -> Path:
     """A copy of the shared index, to be changed."""
     shutil.copytree(index_folder, tmp_path / "index")
     return tmp_path / "index"
-
-
-def place_by_router(monkeypatch, limit: float) -> None:
-    """Makes every document (-1) or none (above 1) familiar to the document router."""
-    load = Model.load
-
-    def altered(path):
-        model = load(path)
-        familiarity = dataclasses.replace(model.document_router.familiarity, limit=limit)
-        model.document_router = dataclasses.replace(model.document_router, familiarity=familiarity)
-        return model
-
-    monkeypatch.setattr(build.Model, "load", altered)
 
 
 def held(index: Path) -> dict[str, set[Document]]:
@@ -134,30 +121,33 @@ def test_a_query_whose_best_hit_no_expert_owns_is_searched_again_as_the_base_wou
             assert own[0].expert != "base" and route.experts
 
 
-def test_an_unfamiliar_query_is_a_strangers_only_where_unowned_documents_promise_as_much(
+def test_an_unfamiliar_query_is_foreign_only_where_documents_that_no_expert_owns_promise_as_much(
     tmp_path, monkeypatch, model_folder, two_domains
 ):
-    """To this router every query is unfamiliar; what the index holds tells the strangers."""
+    """To this router every query is unfamiliar; what the index holds tells which are foreign."""
     place_by_router(monkeypatch, 1.1)
-    strangers = [row["text"] for row in loose_corpus(tmp_path / "loose.jsonl")]
+    monkeypatch.setattr(search, "CLEARLY", 0.0)  # to a base that was never trained every cosine is high
+    foreign = [row["text"] for row in loose_corpus(tmp_path / "loose.jsonl")]
     known = [read_corpus(path / "corpus.jsonl")[0].contents for path in two_domains.values()]
-    found = {}
     for name, loose in (("alone", []), ("mixed", [tmp_path / "loose.jsonl"])):
         build_index(model_folder, tmp_path / name, two_domains, loose)
         retriever = moeret.Retriever.load(tmp_path / name)
-        router = retriever.model.query_router
-        unfamiliar = dataclasses.replace(router.familiarity, limit=1.1)
-        retriever.model.query_router = dataclasses.replace(router, familiarity=unfamiliar)
-        retriever.margin = 0.0  # of a base that was never trained every cosine is high
-        assert retriever.model.route(known)[0].abstained
-        found[name] = [route.abstained for route in retriever.route([*strangers, *known])]
-        for query, hits, base in zip(
-            strangers, *(retriever.search_batch(strangers, 1, route=route) for route in ("auto", "base")), strict=True
-        ):
-            if name == "mixed":
-                assert hits[0].id == base[0].id, query
+        familiar = retriever.model.query_router
+        unfamiliar = dataclasses.replace(familiar.familiarity, limit=1.1)
+        retriever.model.query_router = dataclasses.replace(familiar, familiarity=unfamiliar)
+        assert all(route.abstained for route in retriever.model.route([*foreign, *known]))
+        found = retriever.rank([*foreign, *known], 1)
+        assert [route.abstained for route in found.routes] == [name == "mixed"] * len(foreign) + [False] * len(known)
+        assert found.routes == retriever.route([*foreign, *known])
+        scores = [hits[0].score for hits in retriever.hits(found)]
+        retriever.model.query_router = dataclasses.replace(familiar, familiarity=None)
+        by_experts = [hits[0].score for hits in retriever.search_batch([*foreign, *known], 1)]
+        if name == "alone":
+            np.testing.assert_allclose(scores, by_experts, atol=1e-5)
+        else:
+            base = [hits[0].score for hits in retriever.search_batch(foreign, 1, route="base")]
+            np.testing.assert_allclose(scores, [*base, *by_experts[len(foreign) :]], atol=1e-5)
         retriever.close()
-    assert found == {"alone": [False] * 7, "mixed": [True] * 5 + [False] * 2}
 
 
 def test_an_index_of_loose_documents_alone(tmp_path, monkeypatch, model_folder):

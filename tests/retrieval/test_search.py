@@ -4,12 +4,11 @@ import dataclasses
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import QUERIES, assert_ranked, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,14 +17,6 @@ from moeret import Retriever, artifact
 from moeret.config import IndexConfig
 from moeret.models.model import Model
 
-QUERIES = [
-    "find the metal nick10",
-    "which fruit is nick3",
-    "nick11 of the fruit",
-    "gold and silver",
-    "a very long story about the text with apple and pear and plum and iron and zinc on the rhine",
-    "kiwi",
-]
 TOLERANCE = 2e-5
 NOWHERE_ELSE, EVERYWHERE = -1.0, 2.0
 """Margins with which no other index, or every index, promises enough to be searched."""
@@ -48,20 +39,6 @@ def graphs(tmp_path_factory, model_folder, two_domains):
     loaded.close()
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory, base_folder, two_domains):
-    """An index whose experts encoded their own documents."""
-    out = tmp_path_factory.mktemp("both")
-    config = moeret.TrainConfig(
-        tower="both", steps=6, batch_size=8, evaluate_every=3, expert=moeret.ExpertConfig(rank=4, layers=2)
-    )
-    moeret.train(two_domains, out / "model", base=str(base_folder), config=config)
-    moeret.build_index(out / "model", out / "index", two_domains)
-    loaded = Retriever.load(out / "index")
-    yield loaded
-    loaded.close()
-
-
 def assert_same_hits(one, other):
     """The same documents in the same order, but for scores that differ by no more than rounding."""
     np.testing.assert_allclose([hit.score for hit in one], [hit.score for hit in other], atol=TOLERANCE)
@@ -69,12 +46,6 @@ def assert_same_hits(one, other):
         if mine.id != yours.id:
             assert abs(mine.score - yours.score) <= TOLERANCE
             assert sum(abs(hit.score - mine.score) <= TOLERANCE for hit in one) > 1
-
-
-def assert_ranked(hits):
-    assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
-    assert all(before.score >= after.score for before, after in pairwise(hits))
-    assert len({(hit.expert, hit.id) for hit in hits}) == len(hits)
 
 
 @pytest.mark.parametrize("k", [0, -1, 1.0, 2.5, True, "3", None, np.float32(2)])
@@ -244,11 +215,14 @@ def test_a_document_in_another_index_than_its_querys_is_found(tmp_path, model_fo
     moeret.build_index(model_folder, tmp_path / "index", {name: tmp_path / name for name in ("fruit", "metal")})
     loaded = Retriever.load(tmp_path / "index")
     loaded.model.query_router = dataclasses.replace(loaded.model.query_router, slots=1, familiarity=None)
+    loaded.margin = 0.0  # so few documents are a sketch themselves: it promises just what is found
     texts = [row["text"] for row in strays]
     texts = [text for text, route in zip(texts, loaded.route(texts), strict=True) if route.experts.keys() == {"metal"}]
     best = [hits[0].id for hits in loaded.search_batch(texts, 1)]
     assert best == [hits[0].id for hits in loaded.search_batch(texts, 1, route="all")]
     assert any(id.startswith("stray-") for id in best)
+    loaded.margin = NOWHERE_ELSE
+    assert not any(hits[0].id.startswith("stray-") for hits in loaded.search_batch(texts, 1))
     loaded.close()
 
 
@@ -270,14 +244,9 @@ def test_experts_limits_how_many_a_query_uses(index_folder):
     loaded.close()
 
 
-@pytest.mark.parametrize("sharpness", [1, 1000])
-def test_a_query_whose_expert_has_no_index_here_searches_what_is_here(tmp_path, model_folder, domains, sharpness):
+def test_a_query_whose_expert_has_no_index_here_searches_what_is_here(tmp_path, model_folder, domains):
     moeret.build_index(model_folder, tmp_path / "index", {"fruit": domains["fruit"]})
     loaded = Retriever.load(tmp_path / "index")
-    router = loaded.model.query_router
-    loaded.model.query_router = dataclasses.replace(
-        router, weights=router.weights * sharpness, bias=router.bias * sharpness
-    )
     query = "find the metal nick3 iron steel"
     assert max(loaded.route([query])[0].probabilities.items(), key=lambda item: item[1])[0] == "metal"
     assert len(loaded.search(query, 12)) == 12
@@ -370,57 +339,6 @@ def test_eight_threads_find_what_one_finds(graphs):
     with ThreadPoolExecutor(8) as threads:
         parallel = list(threads.map(lambda batch: graphs.search_batch(batch, 10), batches))
     assert parallel == serial
-
-
-@pytest.mark.parametrize("fusion", [None, "calibrated", "rrf"])
-@pytest.mark.parametrize("route", ["auto", "all", "fruit"])
-def test_experts_with_their_own_documents_are_searched_and_fused(both, fusion, route):
-    assert both.fusion == "calibrated"
-    found = both.rank(QUERIES, 24, route=route, fusion=fusion, experts=2 if route == "auto" else None)
-    for hits, indexes in zip(both.hits(found), found.indexes, strict=True):
-        assert len(hits) == 12 * len(indexes)
-        assert_ranked(hits)
-        assert all(0 < hit.score <= 1 for hit in hits)
-
-
-def test_experts_with_their_own_documents_encoded_them_themselves(both):
-    for start, name in ((0, "fruit"), (12, "metal")):
-        texts = [document.contents for _, document in both.held()[start : start + 12]]
-        own = both.model.encode_document(texts, expert=name, normalize_embeddings=True)
-        np.testing.assert_allclose(both.vectors()[start : start + 12], own, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["fruit", "metal"])
-def test_an_experts_own_space_is_searched_with_its_own_query_vector(both, name):
-    start = 0 if name == "fruit" else 12
-    vectors = both.model.encode_query(QUERIES, expert=name, normalize_embeddings=True)
-    for vector, hits in zip(vectors, both.search_batch(QUERIES, 12, route=name, fusion="rrf"), strict=True):
-        scores = dict(zip((f"d{n}" for n in range(12)), both.vectors()[start : start + 12] @ vector, strict=True))
-        ranked = [scores[hit.id] for hit in hits]
-        assert all(before >= after - TOLERANCE for before, after in pairwise(ranked))
-
-
-def test_calibrated_scores_are_the_experts_probability_times_the_chance_of_relevance(both):
-    calibration = {entry["name"]: entry["calibration"] for entry in both.model.published.meta["experts"]}
-    vectors = {name: both.model.encode_query(QUERIES, expert=name, normalize_embeddings=True) for name in both.sizes}
-    found = both.rank(QUERIES, 24, experts=2)
-    for position, (hits, indexes) in enumerate(zip(both.hits(found), found.indexes, strict=True)):
-        route = found.routes[position]
-        weights = route.experts or route.probabilities
-        for hit in hits:
-            row = int(hit.id[1:]) + 12 * (hit.expert == "metal")
-            slope, intercept = calibration[hit.expert]
-            cosine = both.vectors()[row] @ vectors[hit.expert][position]
-            chance = 1 / (1 + np.exp(-(slope * cosine + intercept)))
-            assert hit.score == pytest.approx(weights[hit.expert] * chance, abs=1e-4)
-        assert {hit.expert for hit in hits} == set(indexes)
-
-
-def test_document_spaces_that_cannot_be_compared_are_not(both):
-    with pytest.raises(moeret.ConfigError, match="the base cannot search this index"):
-        both.search("apple", route="base")
-    with pytest.raises(moeret.ConfigError, match="use calibrated or rrf"):
-        both.search("apple", fusion="score")
 
 
 def test_an_unknown_fusion_is_refused(retriever):
