@@ -31,7 +31,7 @@ from moeret.types import BASE_EXPERT
 from scripts.benchmarks import markdown_table, write_section
 
 LOSS = 0.005
-MARGINS = (0.0, 0.05, 0.1, 0.15)
+MARGINS = (0.0, 0.3, 0.6, 0.9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ QUICK = ("attack-cti", "esco-jobs", "conala")
 RIVALS = ((None, 6e-4), (64, 2e-3), (None, 1e-3))
 """(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
 other seeds take the first's choice. The larger the rank, the further a delta moves at the same rate: rank 224 diverges at 2e-3."""
-MINIMA, MARGINS = (0.3, 0.03), (0.0, 0.1, 0.2)
+MINIMA, MARGINS = (0.3, 0.03), (0.0, 0.6, 1.2)
 """Least probabilities of an expert to be used, and how much less another index may promise, for the curve against cost."""
 VOTES = 100
 """Training queries a domain that vote for RouterRetriever's pilots."""

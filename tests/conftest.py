@@ -227,14 +227,14 @@ def assert_ranked(hits):
     assert len({(hit.expert, hit.id) for hit in hits}) == len(hits)
 
 
-def place_by_router(monkeypatch, limit: float) -> None:
+def place_by_router(monkeypatch, limit: float, **changes) -> None:
     """Makes every document (-1) or none (above 1) familiar to the document router."""
     load = Model.load
 
     def altered(path):
         model = load(path)
         familiarity = dataclasses.replace(model.document_router.familiarity, limit=limit)
-        model.document_router = dataclasses.replace(model.document_router, familiarity=familiarity)
+        model.document_router = dataclasses.replace(model.document_router, familiarity=familiarity, **changes)
         return model
 
     monkeypatch.setattr(build.Model, "load", altered)

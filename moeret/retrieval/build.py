@@ -88,7 +88,9 @@ def build_index(
             placed = _place(loaded, placed, loose, vectors)
         meta = {
             "model": {"folder": prefix, "fingerprint": published.fingerprint},
-            **_write(draft, placed, config, show_progress_bar),
+            **_write(
+                draft, placed, {name: len(documents) for name, documents in read.items()}, config, show_progress_bar
+            ),
             "config": to_json(config),
             "request": request,
         }
@@ -184,7 +186,9 @@ def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vec
     return {name: placed[name] for name in names if name in placed}
 
 
-def _write(draft: Draft, placed: Placed, config: IndexConfig, show_progress_bar: bool) -> dict[str, Any]:
+def _write(
+    draft: Draft, placed: Placed, of_domain: dict[str, int], config: IndexConfig, show_progress_bar: bool
+) -> dict[str, Any]:
     documents = [document for own, _ in placed.values() for document in own]
     starts = np.cumsum([0, *(len(own) for own, _ in placed.values())])
     with (
@@ -206,7 +210,12 @@ def _write(draft: Draft, placed: Placed, config: IndexConfig, show_progress_bar:
         },
         "sketches": draft.add("sketches.safetensors", lambda path: save_file(sketches, path)),
         "experts": {
-            name: {"documents": segment["documents"], "segments": [segment]} for name, segment in segments.items()
+            name: {
+                "documents": segment["documents"],
+                "without_domain": segment["documents"] - of_domain.get(name, 0),
+                "segments": [segment],
+            }
+            for name, segment in segments.items()
         },
     }
 

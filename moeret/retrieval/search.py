@@ -20,15 +20,15 @@ from moeret.retrieval.build import KIND
 from moeret.retrieval.documents import DocumentStore
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
 from moeret.retrieval.hnsw import Segment, read_segment
-from moeret.retrieval.sketch import promises
+from moeret.retrieval.sketch import promises, spread
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
-MARGIN, WIDER = 0.05, 3
-"""How much less than the best of the chosen ones an index may promise and is searched too; so many times that where none is
-chosen. Documents of a domain without an expert may lie in any index: a wider margin finds more of them and costs more
-(experiments.leave_one_out)."""
-CLEARLY = 0.15
-"""How much more an expert's index must promise than the base's own for an unfamiliar query to be the expert's."""
+MARGIN, WIDER = 0.3, 3
+"""How much less than the best of the chosen ones an index may promise and is searched too, in spreads of the sketches, if it
+holds documents that came without a domain; where none is chosen any may, and so many times that. A wider margin finds more
+such documents and costs more (experiments.leave_one_out)."""
+CLEARLY = 0.9
+"""How much more an expert's index must promise than the base's own, in spreads, for an unfamiliar query to be the expert's."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 
@@ -71,6 +71,8 @@ class Retriever:
         self._documents = DocumentStore(published.path(meta["documents"]["file"]))
         sketches = load_file(published.path(meta["sketches"]))
         self._sketches = [sketches[name] for name in self._names]
+        self._spread = spread(self._sketches)
+        self._mixed = np.array([meta["experts"][name]["without_domain"] > 0 for name in self._names])
         self.margin = MARGIN
         self.sizes: dict[str, int] = {name: expert["documents"] for name, expert in meta["experts"].items()}
         self._calibration = {entry["name"]: entry["calibration"] for entry in model.published.meta["experts"]}
@@ -120,10 +122,11 @@ class Retriever:
         Args:
           queries: non-empty strings.
           k: how many hits, at least 1.
-          route: `auto` lets the router choose; with documents in the base's space it also searches the indexes that promise
-            as much as the chosen ones, and with fusion by score it searches again with the base's vector where the best hit is
-            a document that no expert owns. `all` uses the router's experts but searches every index; `base` searches every
-            index as the base would, `shared` with the shared delta alone; an expert's name searches its index with it.
+          route: `auto` lets the router choose; with documents in the base's space it also searches the indexes with documents
+            without a domain that promise as much as the chosen ones, and with fusion by score it searches again with the
+            base's vector where the best hit is a document that no expert owns. `all` uses the router's experts but searches
+            every index; `base` searches every index as the base would, `shared` with the shared delta alone; an expert's name
+            searches its index with it.
           experts: at most this many experts are merged per query (auto and all); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
             default there); `calibrated` (the default elsewhere) or `rrf`.
@@ -252,7 +255,7 @@ class Retriever:
         nothing = np.full(len(rows), -np.inf, np.float32)
         of_experts = np.stack([promised.get(name, nothing) for name in self.model.experts], axis=1)
         best = np.take_along_axis(of_experts, anyway.experts[:, :1] - 1, axis=1)[:, 0]
-        known = promised.get(BASE_EXPERT, nothing) < best - CLEARLY
+        known = promised.get(BASE_EXPERT, nothing) < best - CLEARLY * self._spread
         rows, anyway = rows[known], Choice(*(field[known] for field in anyway))
         if len(rows):
             vectors[rows] = self.model.embedder.mixed([texts[row] for row in rows], anyway.experts, anyway.weights)
@@ -263,16 +266,17 @@ class Retriever:
     def _reached(self, chosen: Float[np.ndarray, "Q I"], vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q I"]:
         """The weights of the chosen indexes, and of those that promise as much; the best, where none is chosen.
 
-        A document may lie in another index than its query's: one without a domain goes where the router puts it.
+        A document that came without a domain may lie in another index than its query's: it is where the router put it.
         """
         promised = promises(vectors, self._sketches)
         none = ~chosen.any(axis=1)
-        margin = np.where(none, WIDER * self.margin, self.margin)[:, None]
+        margin = self._spread * np.where(none, WIDER * self.margin, self.margin)[:, None]
         weights = chosen.copy()
         weights[none, promised[none].argmax(axis=1)] = 1.0
         reach = np.where(weights > 0, promised, -np.inf).max(axis=1, keepdims=True)
         mean = weights.sum(axis=1, keepdims=True) / (weights > 0).sum(axis=1, keepdims=True)
-        return np.where((weights == 0) & (promised >= reach - margin), mean, weights)
+        reached = (promised >= reach - margin) & (self._mixed | none[:, None])
+        return np.where((weights == 0) & reached, mean, weights)
 
     def _in_own_spaces(self, chosen: Float[np.ndarray, "Q I"], routes: Sequence[Route]) -> Float[np.ndarray, "Q I"]:
         """The weights where no promise can be compared: of the chosen indexes and the base's own, or of all by probability."""

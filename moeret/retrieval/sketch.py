@@ -27,6 +27,15 @@ def make_sketch(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "C D"]:
     return centroids
 
 
+def spread(sketches: Sequence[np.ndarray]) -> float:
+    """The standard deviation of the cosine between two vectors of these sketches: what a difference is measured by.
+
+    Bases differ in how much of the sphere they use; cosines of .1 and .8 may be as unlike as .75 and .85 of another.
+    """
+    every = np.concatenate(sketches)
+    return float((every @ every.T)[np.triu_indices(len(every), 1)].std()) if len(every) > 1 else 0.0
+
+
 def promises(queries: Float[np.ndarray, "Q D"], sketches: Sequence[np.ndarray]) -> Float[np.ndarray, "Q I"]:
     """What each index promises each query: the best dot product with its sketch."""
     return np.stack([(queries @ sketch.T).max(axis=1) for sketch in sketches], axis=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUERIES, assert_ranked, write_jsonl
+from conftest import QUERIES, assert_ranked, place_by_router, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from moeret.config import IndexConfig
 from moeret.models.model import Model
 
 TOLERANCE = 2e-5
-NOWHERE_ELSE, EVERYWHERE = -1.0, 2.0
+NOWHERE_ELSE, EVERYWHERE = -1e9, 1e9
 """Margins with which no other index, or every index, promises enough to be searched."""
 
 
@@ -190,11 +190,19 @@ def test_auto_searches_the_indexes_of_the_chosen_experts(index_folder):
     retriever.close()
 
 
-def test_a_wider_margin_searches_more_indexes_with_the_same_vector(index_folder):
-    loaded = Retriever.load(index_folder)
+def test_a_wider_margin_searches_more_indexes_with_the_same_vector(
+    tmp_path, monkeypatch, model_folder, two_domains, index_folder
+):
+    place_by_router(monkeypatch, -1.0)
+    copies = [
+        json.loads(line) for path in two_domains.values() for line in (path / "corpus.jsonl").read_text().splitlines()
+    ]
+    write_jsonl(tmp_path / "loose.jsonl", [{**row, "_id": f"loose{number}"} for number, row in enumerate(copies)])
+    moeret.build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
+    loaded = Retriever.load(tmp_path / "index")
     everything = loaded.rank(QUERIES, 24, route="all")
     before = [set()] * len(QUERIES)
-    for loaded.margin in (NOWHERE_ELSE, 0.0, 0.05, 0.3, EVERYWHERE):
+    for loaded.margin in (NOWHERE_ELSE, 0.0, 0.3, 1.0, EVERYWHERE):
         found = loaded.rank(QUERIES, 24)
         assert all(less <= {*indexes} for less, indexes in zip(before, found.indexes, strict=True))
         before = [{*indexes} for indexes in found.indexes]
@@ -202,17 +210,21 @@ def test_a_wider_margin_searches_more_indexes_with_the_same_vector(index_folder)
     for hits, wanted in zip(loaded.hits(found), loaded.hits(everything), strict=True):
         assert_same_hits(hits, wanted)
     loaded.close()
+    only_domains = Retriever.load(index_folder)
+    only_domains.margin = EVERYWHERE
+    assert {len(indexes) for indexes in only_domains.rank(QUERIES, experts=1).indexes} == {1}
+    only_domains.close()
 
 
-def test_a_document_in_another_index_than_its_querys_is_found(tmp_path, model_folder, two_domains):
+def test_a_document_in_another_index_than_its_querys_is_found(tmp_path, monkeypatch, model_folder, two_domains):
     """The router knows only what a query looks like; a sketch tells that the other index has just that document."""
+    place_by_router(monkeypatch, -1.0, bias=np.float32([1e3, 0]))  # all documents without a domain to fruit
     rows = [json.loads(line) for line in (two_domains["metal"] / "corpus.jsonl").read_text().splitlines()]
-    (tmp_path / "fruit").mkdir()
-    own = (two_domains["fruit"] / "corpus.jsonl").read_text()
     strays = [{**row, "_id": f"stray-{row['_id']}"} for row in rows[:6]]
-    (tmp_path / "fruit" / "corpus.jsonl").write_text(own + "".join(json.dumps(row) + "\n" for row in strays))
+    write_jsonl(tmp_path / "strays.jsonl", strays)
     write_jsonl(tmp_path / "metal" / "corpus.jsonl", rows[6:])
-    moeret.build_index(model_folder, tmp_path / "index", {name: tmp_path / name for name in ("fruit", "metal")})
+    folders = {"fruit": two_domains["fruit"], "metal": tmp_path / "metal"}
+    moeret.build_index(model_folder, tmp_path / "index", folders, [tmp_path / "strays.jsonl"])
     loaded = Retriever.load(tmp_path / "index")
     loaded.model.query_router = dataclasses.replace(loaded.model.query_router, slots=1, familiarity=None)
     loaded.margin = 0.0  # so few documents are a sketch themselves: it promises just what is found

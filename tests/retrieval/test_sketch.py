@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeret.retrieval.sketch import CENTROIDS, make_sketch, promises
+from moeret.retrieval.sketch import CENTROIDS, make_sketch, promises, spread
 
 
 def unit_rows(seed: int, count: int, width: int = 16) -> np.ndarray:
@@ -27,6 +27,14 @@ def test_a_sketch_has_few_unit_vectors_and_is_the_same_again(seed, count):
     assert sketch.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(sketch, axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(sketch, make_sketch(vectors.copy()))
+
+
+def test_a_base_that_uses_less_of_the_sphere_has_a_smaller_spread():
+    wide = [unit_rows(seed, 40) for seed in (0, 1)]
+    narrow = [rows + 3.0 for rows in wide]
+    narrow = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in narrow]
+    assert spread([make_sketch(rows) for rows in narrow]) < 0.1 * spread([make_sketch(rows) for rows in wide])
+    assert spread([unit_rows(0, 1)]) == 0
 
 
 def test_the_index_with_documents_near_a_query_promises_most():
