@@ -4,8 +4,8 @@ Command:  python -m experiments.leave_one_out --data DATA [--pooled runs/pooled_
           DATA and --pooled as experiments.pooled_domains leaves them; the first seed's model is used.
 Time:     about 15 minutes on 2 cores; finished domains are not repeated.
 Expected: routed is at most 0.5 points of nDCG@10 below the base on each. The shared delta has still seen the domain; the
-          foreign corpora of experiments.pooled_domains are those that nothing has seen. On dev several margins are
-          tried, which the retriever's own was chosen from. Writes its section into BENCHMARKS.md.
+          foreign corpora of experiments.pooled_domains are those that nothing has seen. On dev several margins of the
+          retriever are tried. Writes its section into BENCHMARKS.md.
 """
 
 import dataclasses

@@ -194,7 +194,7 @@ class Index:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """Search an index: the router picks the experts; their indexes, and any that promises as much, give one ranked list."""
+    """Search an index: the router picks the experts; their indexes give one ranked list."""
 
     index: tyro.conf.Positional[Path]
     """Index directory."""

@@ -23,7 +23,6 @@ from safetensors.numpy import save_file  # noqa: E402
 
 import moeret  # noqa: E402
 from moeret.models.model import Model  # noqa: E402
-from moeret.retrieval import build  # noqa: E402
 
 WIDTH, LAYERS, HEADS, MLP, POSITIONS = 16, 3, 2, 32, 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -237,4 +236,4 @@ def place_by_router(monkeypatch, limit: float, **changes) -> None:
         model.document_router = dataclasses.replace(model.document_router, familiarity=familiarity, **changes)
         return model
 
-    monkeypatch.setattr(build.Model, "load", altered)
+    monkeypatch.setattr(Model, "load", altered)
