@@ -185,9 +185,9 @@ class Index:
             return
         table = Table("expert", "documents", "search", "recall@10")
         for name, expert in meta["experts"].items():
-            for segment in expert["segments"]:
-                recall = f"{segment['recall@10']:.3f}" if "graph" in segment else "1"
-                table.add_row(name, str(segment["documents"]), "HNSW" if "graph" in segment else "exact", recall)
+            segment = expert["segment"]
+            recall = f"{segment['recall@10']:.3f}" if "graph" in segment else "1"
+            table.add_row(name, str(segment["documents"]), "HNSW" if "graph" in segment else "exact", recall)
         _OUT.print(table)
         _OUT.print(f"Index: {self.out}", markup=False)
 

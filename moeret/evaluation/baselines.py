@@ -1,14 +1,12 @@
 """What routed search must beat: BM25, one embedding for the whole pool, and both fused."""
 
-import logging
 from collections.abc import Callable, Sequence
 
-import bm25s
 import numpy as np
-import Stemmer
 from jaxtyping import Float
 
 from moeret.config import IndexConfig
+from moeret.data.lexical import Lexical, stems
 from moeret.retrieval.fusion import Ranking, fuse
 from moeret.retrieval.hnsw import build_segment, exact_search
 from moeret.retrieval.search import Retriever
@@ -18,20 +16,16 @@ System = Callable[[Sequence[str], int], list[tuple[np.ndarray, np.ndarray]]]
 
 
 def bm25_system(retriever: Retriever) -> System:
-    """BM25 (k1 1.2, b 0.75, English stop words, Snowball stems) over titles and texts of every document."""
-    documents = [document for _, document in retriever.held()]
-    stemmer = Stemmer.Stemmer("english")
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
-
-    def tokens(texts: list[str]):
-        return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)
-
-    index = bm25s.BM25(k1=1.2, b=0.75)
-    index.index(tokens([document.contents for document in documents]), show_progress=False)
+    """BM25 over titles and texts of every document."""
+    lexical = Lexical.of([document.contents for _, document in retriever.held()])
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        rows, scores = index.retrieve(tokens(list(texts)), k=min(k, len(documents)), show_progress=False)
-        return [(own[s > 0], s[s > 0]) for own, s in zip(rows, scores, strict=True)]
+        found = []
+        for query in stems(texts):
+            scores = lexical.scores(query)
+            rows = np.argsort(-scores, kind="stable")[:k]
+            found.append((rows[scores[rows] > 0], scores[rows][scores[rows] > 0]))
+        return found
 
     return search
 

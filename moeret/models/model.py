@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from moeret import artifact
 from moeret.errors import ArtifactError, ConfigError
 from moeret.models import experts
+from moeret.models.blend import Blend, Memory
 from moeret.models.embed import Embedder
 from moeret.models.familiarity import Familiarity
 from moeret.models.pretrained import Base, find_base, load_base
@@ -56,11 +57,12 @@ class Model:
         shared: experts.Shared | None = None,
         query_router: Router | None = None,
         document_router: Router | None = None,
+        blends: Mapping[str, Blend] | None = None,
         published: artifact.Artifact | None = None,
     ):
         self.base, self.tower, self.experts = base, tower, tuple(names)
         self.query_router, self.document_router, self.published = query_router, document_router, published
-        self.has_shared = shared is not None
+        self.has_shared, self.blends = shared is not None, dict(blends or {})
         self.embedder = Embedder(base, experts.with_base(bank or {}, shared=self.has_shared), shared)
 
     @classmethod
@@ -99,6 +101,7 @@ class Model:
             shared=shared,
             query_router=routers.get("query"),
             document_router=routers.get("document"),
+            blends=_read_blends(meta),
             published=published,
         )
 
@@ -243,6 +246,20 @@ def read_shared(published: artifact.Artifact) -> experts.Shared:
     own = published.meta["shared"]
     strengths = [0.0, *(entry["shared_strength"] for entry in published.meta["experts"]), own["strength"]]
     return experts.Shared(read_expert(published, own["file"]), np.array(strengths, np.float32))
+
+
+def _read_blends(meta: Mapping[str, Any]) -> dict[str, Blend]:
+    """What counts beside the cosine: for the base, each expert, and the shared delta where there is one."""
+    named = {BASE_EXPERT: meta["base"], **{entry["name"]: entry for entry in meta["experts"]}}
+    if meta["shared"]:
+        named[SHARED_EXPERT] = meta["shared"]
+    return {name: Blend(**entry["blend"]) for name, entry in named.items()}
+
+
+def read_memory(published: artifact.Artifact, expert: str) -> Memory | None:
+    """An expert's memory; None where it has none."""
+    [file] = [entry["memory"] for entry in published.meta["experts"] if entry["name"] == expert]
+    return Memory(**load_file(published.path(file))) if file else None
 
 
 def read_profile(published: artifact.Artifact, name: str) -> Profile:

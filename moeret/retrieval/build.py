@@ -18,13 +18,15 @@ from moeret import artifact
 from moeret.artifact import Artifact, Draft
 from moeret.config import IndexConfig, differences, require, to_json
 from moeret.data.beir import read_corpus
+from moeret.data.lexical import Lexical
 from moeret.errors import ArtifactError, ConfigError, DataError
 from moeret.models.embed import cached_vectors
 from moeret.models.model import KIND as MODEL_KIND
-from moeret.models.model import VECTORS, WORK, Model
-from moeret.progress import progress_bar
+from moeret.models.model import VECTORS, WORK, Model, read_memory
+from moeret.progress import Advance, progress_bar
 from moeret.retrieval.documents import write_documents
-from moeret.retrieval.hnsw import build_segment, write_segment
+from moeret.retrieval.expert_index import ExpertIndex, build_recall, write_index
+from moeret.retrieval.hnsw import build_segment
 from moeret.retrieval.sketch import make_sketch
 from moeret.types import BASE_EXPERT, Document
 
@@ -89,7 +91,12 @@ def build_index(
         meta = {
             "model": {"folder": prefix, "fingerprint": published.fingerprint},
             **_write(
-                draft, placed, {name: len(documents) for name, documents in read.items()}, config, show_progress_bar
+                draft,
+                loaded,
+                placed,
+                {name: len(documents) for name, documents in read.items()},
+                config,
+                show_progress_bar,
             ),
             "config": to_json(config),
             "request": request,
@@ -186,8 +193,31 @@ def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vec
     return {name: placed[name] for name in names if name in placed}
 
 
+def _build(
+    model: Model,
+    name: str,
+    documents: list[Document],
+    vectors: Float[np.ndarray, "N D"],
+    first: int,
+    config: IndexConfig,
+    advance: Advance,
+) -> ExpertIndex:
+    """One expert's index, its documents' rows counted from `first`."""
+    segment = build_segment(vectors, np.arange(first, first + len(documents)), config, advance)
+    if model.tower == "both":
+        return ExpertIndex(first, segment)
+    memory = read_memory(model.published, name) if name != BASE_EXPERT else None
+    recall = memory and build_recall(memory, documents, first, config)
+    return ExpertIndex(first, segment, Lexical.of([document.contents for document in documents]), recall)
+
+
 def _write(
-    draft: Draft, placed: Placed, of_domain: dict[str, int], config: IndexConfig, show_progress_bar: bool
+    draft: Draft,
+    model: Model,
+    placed: Placed,
+    of_domain: dict[str, int],
+    config: IndexConfig,
+    show_progress_bar: bool,
 ) -> dict[str, Any]:
     documents = [document for own, _ in placed.values() for document in own]
     starts = np.cumsum([0, *(len(own) for own, _ in placed.values())])
@@ -197,10 +227,10 @@ def _write(
     ):
         # One thread a graph, so that each is the same in every build; the graphs side by side.
         jobs = {
-            name: threads.submit(build_segment, vectors, np.arange(start, start + len(own)), config, advance)
+            name: threads.submit(_build, model, name, own, vectors, int(start), config, advance)
             for (name, (own, vectors)), start in zip(placed.items(), starts, strict=False)
         }
-        segments = {name: write_segment(draft, f"{name}-0", job.result()) for name, job in jobs.items()}
+        indexes = {name: write_index(draft, name, job.result()) for name, job in jobs.items()}
     same, sketches = _same_documents(documents), {name: make_sketch(vectors) for name, (_, vectors) in placed.items()}
     return {
         "documents": {
@@ -211,11 +241,11 @@ def _write(
         "sketches": draft.add("sketches.safetensors", lambda path: save_file(sketches, path)),
         "experts": {
             name: {
-                "documents": segment["documents"],
-                "without_domain": segment["documents"] - of_domain.get(name, 0),
-                "segments": [segment],
+                "documents": len(placed[name][0]),
+                "without_domain": len(placed[name][0]) - of_domain.get(name, 0),
+                **entry,
             }
-            for name, segment in segments.items()
+            for name, entry in indexes.items()
         },
     }
 

@@ -10,7 +10,7 @@ searches may run in any number of threads.
 import errno
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ class Segment:
     rows: Int[np.ndarray, "N"]
     vectors: Float[np.ndarray, "V D"] | None
     graph: hnswlib.Index | None
+    _vector_of: Int[np.ndarray, "_"] = field(init=False)  # the number of each row's vector, counted from the least row
+
+    def __post_init__(self):
+        numbers = np.zeros(self.rows.max() - self.rows.min() + 1, np.int64)
+        numbers[self.rows - self.rows.min()] = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        object.__setattr__(self, "_vector_of", numbers)
 
     def search(self, queries: Float[np.ndarray, "Q D"], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each query's (rows, scores) of its min(k, N) best documents, best first; equal scores by row."""
@@ -59,6 +65,11 @@ class Segment:
         except RuntimeError:  # "Cannot return the results": the graph reaches fewer than k vectors from here
             return exact_search(queries, self.all_vectors(), k)
         return found.astype(np.int64), 1.0 - distances
+
+    def vectors_of(self, rows: Int[np.ndarray, "R"]) -> Float[np.ndarray, "R D"]:
+        """The vectors of documents that it has."""
+        numbers = self._vector_of[rows - self.rows.min()]
+        return self.vectors[numbers] if self.graph is None else np.asarray(self.graph.get_items(numbers), np.float32)
 
     def all_vectors(self) -> Float[np.ndarray, "V D"]:
         """Every distinct vector, exactly as it was added."""
@@ -107,7 +118,7 @@ def build_segment(
 
 
 def write_segment(draft: Draft, name: str, segment: Segment) -> dict[str, Any]:
-    """Adds a segment's files to a draft, and returns its entry for the manifest."""
+    """Adds a segment's files to a draft, under this name, and returns its entry for the manifest."""
     distinct = segment.all_vectors()
     tensors = {"offsets": segment.offsets, "rows": segment.rows}
     entry: dict[str, Any] = {"vectors": len(distinct), "documents": len(segment.rows), "width": distinct.shape[1]}
@@ -115,8 +126,8 @@ def write_segment(draft: Draft, name: str, segment: Segment) -> dict[str, Any]:
         tensors["vectors"] = distinct
     else:
         entry["recall@10"] = _recall(segment.graph, distinct)
-        entry["graph"] = draft.add(f"segments/{name}.hnsw", lambda path: _save(segment.graph, path))
-    entry["table"] = draft.add(f"segments/{name}.safetensors", lambda path: save_file(tensors, path))
+        entry["graph"] = draft.add(f"{name}.hnsw", lambda path: _save(segment.graph, path))
+    entry["table"] = draft.add(f"{name}.safetensors", lambda path: save_file(tensors, path))
     return entry
 
 

@@ -1,7 +1,7 @@
 """The Retriever: queries in, one ranked list each out."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -13,13 +13,15 @@ from safetensors.numpy import load_file
 from moeret import artifact
 from moeret.artifact import Artifact
 from moeret.config import IndexConfig, require
+from moeret.data.lexical import stems
 from moeret.errors import ArtifactError
+from moeret.models.blend import Blend
 from moeret.models.model import Model, check_texts
 from moeret.models.router import Choice, Router
 from moeret.retrieval.build import KIND
 from moeret.retrieval.documents import DocumentStore
+from moeret.retrieval.expert_index import read_index
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
-from moeret.retrieval.hnsw import Segment, read_segment
 from moeret.retrieval.sketch import promises, spread
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
@@ -35,11 +37,23 @@ _LEAST_WEIGHT = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Each query's weight of each index (0: not searched), and the vectors that given queries search an index with."""
+    """Each query's weight of each index (0: not searched), and the vectors that given queries search an index with.
+
+    `shares` are how much of each expert, the base and the shared delta is in a query's vector: so much of its blend counts.
+    """
 
     weights: Float[np.ndarray, "Q I"]
     vectors: Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]
+    shares: list[dict[str, float]]
     routes: list[Route]
+
+    def blend(self, row: int, name: str, blends: Mapping[str, Blend]) -> Blend:
+        """What counts beside the cosine for a query in an index: its words everywhere alike, the memory of its expert there."""
+        shares = self.shares[row]
+        return Blend(
+            sum(blends[expert].lexical * share for expert, share in shares.items()),
+            blends[name].memory * shares.get(name, 0.0),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +68,29 @@ class Rankings:
 class Retriever:
     """Searches an index. Searching changes nothing, so any number of threads may search at once.
 
-    `fusion` and `margin` are the defaults of every search; set them before the first.
+    `fusion`, `margin` and `blends` (what counts beside the cosine: by default what training chose, nothing if empty) serve
+    every search; set them before the first.
     """
 
     def __init__(self, published: Artifact, model: Model):
         meta = published.meta
         self.index, self.model = published, model
         config = IndexConfig(**meta["config"])
-        self._segments: dict[str, list[Segment]] = {
-            name: [read_segment(published, entry, config) for entry in expert["segments"]]
-            for name, expert in meta["experts"].items()
+        self.sizes: dict[str, int] = {name: entry["documents"] for name, entry in meta["experts"].items()}
+        self._names = list(self.sizes)
+        self._starts = np.cumsum([0, *self.sizes.values()])[:-1]
+        self._indexes = {
+            name: read_index(published, entry, int(start), config)
+            for (name, entry), start in zip(meta["experts"].items(), self._starts, strict=True)
         }
+        self.blends: dict[str, Blend] = dict(model.blends)
         self._same = load_file(published.path(meta["documents"]["same"]))["same"]
-        self._names = list(self._segments)
-        self._starts = np.cumsum([0, *(meta["experts"][name]["documents"] for name in self._names)])[:-1]
         self._documents = DocumentStore(published.path(meta["documents"]["file"]))
         sketches = load_file(published.path(meta["sketches"]))
         self._sketches = [sketches[name] for name in self._names]
         self._spread = spread(self._sketches)
         self._mixed = np.array([meta["experts"][name]["without_domain"] > 0 for name in self._names])
         self.margin = MARGIN
-        self.sizes: dict[str, int] = {name: expert["documents"] for name, expert in meta["experts"].items()}
         self._calibration = {entry["name"]: entry["calibration"] for entry in model.published.meta["experts"]}
         self._calibration[BASE_EXPERT] = model.published.meta["base"]["calibration"]
         self.fusion: Fusion = "score" if model.tower == "query" else "calibrated"
@@ -149,11 +165,11 @@ class Retriever:
         self._check(queries, k, route, experts, fusion)
         if not queries:
             return Rankings([], [], [])
-        texts, fusion = self.model.with_prompt(queries, "query"), fusion or self.fusion
-        found = self._search(self._plan(texts, route, experts), len(texts), k, fusion)
-        return self._second_look(found, texts, k) if route == "auto" and fusion == "score" else found
+        texts, words, fusion = self.model.with_prompt(queries, "query"), stems(queries), fusion or self.fusion
+        found = self._search(self._plan(texts, route, experts), words, k, fusion)
+        return self._second_look(found, texts, words, k) if route == "auto" and fusion == "score" else found
 
-    def _second_look(self, found: Rankings, texts: Sequence[str], k: int) -> Rankings:
+    def _second_look(self, found: Rankings, texts: Sequence[str], words: Sequence[list[str]], k: int) -> Rankings:
         """Searches with the base's vector where the experts' best hit is a document that no expert owns.
 
         Such a query is of no expert's domain, although the router took it for one's.
@@ -166,24 +182,25 @@ class Retriever:
         if rows:
             vectors = self.model.embedder.base([texts[row] for row in rows])
             weights = self._reached(np.zeros((len(rows), len(self._names)), np.float32), vectors)
-            again = self._search(_Plan(weights, _one_vector(vectors), []), len(rows), k, "score")
+            plan = _Plan(weights, _one_vector(vectors), [{BASE_EXPERT: 1.0}] * len(rows), [])
+            again = self._search(plan, [words[row] for row in rows], k, "score")
             for row, ranked, indexes in zip(rows, again.ranked, again.indexes, strict=True):
                 found.ranked[row], found.indexes[row] = ranked, indexes
                 found.routes[row] = dataclasses.replace(found.routes[row], experts={}, abstained=True)
         return found
 
-    def _search(self, plan: _Plan, count: int, k: int, fusion: Fusion) -> Rankings:
-        """What `count` queries find by a plan."""
-        rankings: list[list[Ranking]] = [[] for _ in range(count)]
-        for number, (name, segments) in enumerate(self._segments.items()):
+    def _search(self, plan: _Plan, words: Sequence[list[str]], k: int, fusion: Fusion) -> Rankings:
+        """What queries, of which these are the stems, find by a plan."""
+        rankings: list[list[Ranking]] = [[] for _ in words]
+        for number, (name, index) in enumerate(self._indexes.items()):
             rows = np.flatnonzero(plan.weights[:, number] > 0)
             if len(rows):
                 slope, intercept = self._calibration[name] or (1.0, 0.0)
-                for segment in segments:
-                    found = segment.search(plan.vectors(name, rows), k)
-                    for row, (hits, scores) in zip(rows, found, strict=True):
-                        weight = float(plan.weights[row, number])
-                        rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
+                blends = [plan.blend(row, name, self.blends) if self.blends else Blend() for row in rows]
+                found = index.search(plan.vectors(name, rows), [words[row] for row in rows], blends, k)
+                for row, (hits, scores) in zip(rows, found, strict=True):
+                    weight = float(plan.weights[row, number])
+                    rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
         fused = [fuse(own, fusion, k, self._same) for own in rankings]
         searched = [tuple(self._names[number] for number in np.flatnonzero(own > 0)) for own in plan.weights]
         return Rankings(fused, searched, plan.routes)
@@ -212,7 +229,7 @@ class Retriever:
     def vectors(self) -> Float[np.ndarray, "N D"]:
         """Every document's vector, by row."""
         out = np.empty((sum(self.sizes.values()), self.model.embedder.width), np.float32)
-        for segment in (segment for segments in self._segments.values() for segment in segments):
+        for segment in (index.segment for index in self._indexes.values()):
             out[segment.rows] = np.repeat(segment.all_vectors(), np.diff(segment.offsets), axis=0)
         return out
 
@@ -220,25 +237,24 @@ class Retriever:
         """Decides for every query which indexes it searches, how much each weighs, and with which vector."""
         model, count = self.model, len(texts)
         everywhere = np.ones((count, len(self._names)), np.float32)
-        if route in (BASE_EXPERT, SHARED_EXPERT):
-            return _Plan(everywhere, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
         if route not in ("auto", "all"):
-            weights = everywhere * np.array([name == route for name in self._names], np.float32)
-            return _Plan(weights, _one_vector(model.embedder.mixed(texts, *model.mixture(route, count))), [])
+            here = [route in (BASE_EXPERT, SHARED_EXPERT, name) for name in self._names]
+            vectors = model.embedder.mixed(texts, *model.mixture(route, count))
+            return _Plan(everywhere * np.array(here, np.float32), _one_vector(vectors), [{route: 1.0}] * count, [])
         router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
-
         choice, merged = self._routed(texts, router)
         routes = model.routes(choice)
+        shares = [own.experts or {BASE_EXPERT: 1.0} for own in routes]
         chosen = np.array([[own.experts.get(name, 0.0) for name in self._names] for own in routes], np.float32)
         if model.tower == "query":
             weights = everywhere if route == "all" else self._reached(chosen, merged)
-            return _Plan(weights, _one_vector(merged), routes)
+            return _Plan(weights, _one_vector(merged), shares, routes)
         weights = everywhere if route == "all" else self._in_own_spaces(chosen, routes)
 
         def own_vectors(name: str, rows: np.ndarray) -> Float[np.ndarray, "Q D"]:
             return model.embedder.mixed([texts[row] for row in rows], *model.mixture(name, len(rows)))
 
-        return _Plan(weights, own_vectors, routes)
+        return _Plan(weights, own_vectors, shares, routes)
 
     def _routed(self, texts: Sequence[str], router: Router) -> tuple[Choice, Float[np.ndarray, "Q D"]]:
         """What the router chooses, and the vectors.
@@ -308,7 +324,7 @@ class Retriever:
         require(route in known, f"there is no route {route!r}; choose one of {', '.join(known)}")
         if route in self.model.experts:
             require(
-                route in self._segments,
+                route in self.sizes,
                 f"this index has no documents of expert {route}; it has {', '.join(self._names)}",
             )
         fusions = get_args(Fusion)

@@ -1,4 +1,4 @@
-"""From prepared data to trained deltas: the shared one, every domain's expert, and how much to use of both.
+"""From prepared data to trained deltas: the shared one, every domain's expert, how much to use of both, and what beside.
 
 Experts start from the base, not from the shared delta, and are merged with it in weight space as independent learners
 (model soups, arXiv 2203.05482); experiments.recipe compares.
@@ -16,13 +16,16 @@ from jaxtyping import Float, Int
 from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.models import experts
+from moeret.models.blend import Blend
 from moeret.models.embed import Embedder
+from moeret.progress import progress_bar
 from moeret.training.batches import Batches
+from moeret.training.blend import Blended, DevBlends
 from moeret.training.loop import fit
 from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared
 from moeret.training.strength import Strengths, choose_strength, choose_strengths
-from moeret.training.towers import BothTowers, QueryTower, by_group, mean_over_domains
+from moeret.training.towers import BothTowers, QueryTower, by_group, mean_over_domains, only
 from moeret.types import SHARED_EXPERT
 
 
@@ -32,12 +35,19 @@ class LearnedShared(NamedTuple):
     delta: experts.Bank
     step: int
     strength: float
+    blend: Blend
     base_dev: float
     dev: float
 
 
 def learn_shared(
-    data: Prepared, embedder: Embedder, config: TrainConfig, work: Path, *, show_progress_bar: bool
+    data: Prepared,
+    embedder: Embedder,
+    blends: DevBlends,
+    config: TrainConfig,
+    work: Path,
+    *,
+    show_progress_bar: bool,
 ) -> LearnedShared:
     """Trains one delta on all domains in turn; as many looks at dev, and as many rounds between them, as experts get."""
     base, count = embedder.base_encoder, len(data.sets)
@@ -59,11 +69,16 @@ def learn_shared(
     fitted = fit(bank, batches, look, own, work, show_progress_bar=show_progress_bar)
     strength, values = choose_strength(fitted.bank, tower.values_of_one)
     before, after = (float(np.mean([own.mean() for own in scored])) for scored in (tower.base(), values))
-    return LearnedShared(experts.take(fitted.bank, 0), int(fitted.steps[0]), strength, before, after)
+    alone = embedder.with_bank(experts.with_base(experts.scaled(fitted.bank, np.full(1, strength))))
+    blend = blends.of_one([alone.mixed(own.texts, *only(0, len(own.texts))) for own in data.dev])
+    return LearnedShared(experts.take(fitted.bank, 0), int(fitted.steps[0]), strength, blend, before, after)
 
 
 class Learned(NamedTuple):
-    """Experts at their best steps and strengths, and how the base's and their scores tell relevance (None: need not)."""
+    """Experts at their best steps and strengths.
+
+    With one document space what counts beside their cosines, else how the base's and their scores tell relevance.
+    """
 
     bank: experts.Bank
     shared: experts.Shared | None
@@ -71,6 +86,7 @@ class Learned(NamedTuple):
     strengths: Strengths
     base_dev: Float[np.ndarray, "E 3"]
     dev: Float[np.ndarray, "E 3"]
+    blended: Sequence[Blended] | None
     calibration: Sequence[tuple[float, float] | None]
 
 
@@ -78,6 +94,7 @@ def learn(
     data: Prepared,
     embedder: Embedder,
     shared: experts.Bank | None,
+    blends: DevBlends | None,
     config: TrainConfig,
     work: Path,
     *,
@@ -102,7 +119,24 @@ def learn(
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
     merged = shared and experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
     dev = [by_group(values, tower.seen) for values in (before, strengths.values)]
-    return Learned(bank, merged, fitted.steps, strengths, *dev, tower.calibration(bank))
+    blended = blends and _blended(data, embedder.with_bank(experts.with_base(bank), merged), blends, show_progress_bar)
+    return Learned(bank, merged, fitted.steps, strengths, *dev, blended, tower.calibration(bank))
+
+
+def _blended(data: Prepared, embedder: Embedder, blends: DevBlends, show_progress_bar: bool) -> list[Blended]:
+    """What each expert wants beside the cosine; embeds all train queries once more, by their experts."""
+    prompt = embedder.base_encoder.prompts["query"]
+    total = sum(len(own.queries) for own in data.sets)
+    with progress_bar("Remembering", total, shown=show_progress_bar, unit="queries") as advance:
+
+        def of(number: int) -> Blended:
+            def encode(queries: Sequence[str]) -> Float[np.ndarray, "Q D"]:
+                return embedder.mixed([prompt + own for own in queries], *only(number, len(queries)), advance=advance)
+
+            texts = data.dev[number].texts
+            return blends.of_expert(number, embedder.mixed(texts, *only(number, len(texts))), encode)
+
+        return [of(number) for number in range(len(data.sets))]
 
 
 def _key(seed: int, name: str) -> jax.Array:

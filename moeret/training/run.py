@@ -17,10 +17,12 @@ from moeret.config import DEFAULT_BASE, ExpertConfig, TrainConfig, differences, 
 from moeret.data.beir import check_name
 from moeret.errors import ConfigError
 from moeret.models import experts
+from moeret.models.blend import Blend
 from moeret.models.embed import Embedder
 from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers, read_shared
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
+from moeret.training.blend import Blended, DevBlends
 from moeret.training.learn import Learned, LearnedShared, learn, learn_shared
 from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
 from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
@@ -76,9 +78,13 @@ def train(
         embedder = Embedder(encoder, experts.base_alone(encoder.config, config.expert))
         data = prepare(read, embedder, config, work / VECTORS, show_progress_bar=show_progress_bar)
         embedder, shared = embedder.in_precision(config.precision), None
-        if config.expert.shared_rank and config.tower == "query":
-            shared = learn_shared(data, embedder, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar)
-        trained = learn(data, embedder, shared and shared.delta, config, work, show_progress_bar=show_progress_bar)
+        blends = DevBlends(data) if config.tower == "query" else None
+        if config.expert.shared_rank and blends:
+            shared = learn_shared(
+                data, embedder, blends, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar
+            )
+        delta = shared and shared.delta
+        trained = learn(data, embedder, delta, blends, config, work, show_progress_bar=show_progress_bar)
         search = None
         if config.tower == "query":
             full = embedder.with_bank(experts.with_base(trained.bank), trained.shared)
@@ -94,7 +100,12 @@ def train(
         requests = {name: {**to_json(config), f"domain {name}": source_digests(path)} for name, path in domains.items()}
         entries = _write_experts(draft, data, trained, requests)
         meta = {
-            "base": {"name": base, "fingerprint": encoder.fingerprint, "calibration": trained.calibration[0]},
+            "base": {
+                "name": base,
+                "fingerprint": encoder.fingerprint,
+                "calibration": trained.calibration[0],
+                "blend": (blends.of_one([own.vectors for own in data.dev]) if blends else Blend())._asdict(),
+            },
             "tower": config.tower,
             "expert": to_json(config.expert),
             "shared": shared and _write_shared(draft, shared),
@@ -159,7 +170,8 @@ def add_expert(
         )
         shared = read_shared(published).delta if published.meta["shared"] else None
         embedder = embedder.in_precision(config.precision)
-        trained = learn(data, embedder, shared, config, work, show_progress_bar=show_progress_bar)
+        blends = DevBlends(data) if config.tower == "query" else None
+        trained = learn(data, embedder, shared, blends, config, work, show_progress_bar=show_progress_bar)
         draft = Draft(model, KIND)
         entries = [*published.meta["experts"], *_write_experts(draft, data, trained, {name: request})]
         finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
@@ -190,7 +202,7 @@ def _publish_next(
 ) -> Artifact:
     """The next version of a model with these experts, and a refitted router with the rules of the one before."""
     before = read_routers(published)["query"]
-    kept = {entry[key] for entry in entries for key in ("file", "profile")}
+    kept = {entry[key] for entry in entries for key in ("file", "profile", "memory")}
     if published.meta["shared"]:
         kept.add(published.meta["shared"]["file"])
     for name in published.files:
@@ -230,6 +242,7 @@ def _write_shared(draft: Draft, shared: LearnedShared) -> dict[str, Any]:
         "file": draft.add("experts/_shared.safetensors", lambda path: save_file(tensors, path)),
         "step": shared.step,
         "strength": shared.strength,
+        "blend": shared.blend._asdict(),
         "base_dev_ndcg": round(shared.base_dev, 5),
         "dev_ndcg": round(shared.dev, 5),
     }
@@ -258,10 +271,23 @@ def _write_experts(
                 "strength": float(trained.strengths.own[number]),
                 "shared_strength": float(trained.strengths.shared[number]),
                 "calibration": trained.calibration[number + 1],
+                **_write_blend(draft, own.name, trained.blended and trained.blended[number]),
                 "request": requests[own.name],
             }
         )
     return entries
+
+
+def _write_blend(draft: Draft, name: str, blended: Blended | None) -> dict[str, Any]:
+    """What counts beside an expert's cosine, and its dev nDCG@10 in its own index by the cosine alone and with that."""
+    if blended is None:
+        return {"blend": Blend()._asdict(), "own_index_dev_ndcg": None, "memory": None}
+    file = None
+    if blended.memory:
+        tensors = {field: np.ascontiguousarray(own) for field, own in blended.memory._asdict().items()}
+        file = draft.add(f"memories/{name}.safetensors", lambda path: save_file(tensors, path))
+    dev = {"cosine": round(blended.cosine_dev, 5), "blend": round(blended.dev, 5)}
+    return {"blend": blended.blend._asdict(), "own_index_dev_ndcg": dev, "memory": file}
 
 
 def _groups(scores: Float[np.ndarray, "3"]) -> dict[str, float | None]:

@@ -63,7 +63,7 @@ class QueryTower:
         return [self._score(embedder, own, 0) for own in self._data.dev]
 
     def _score(self, embedder: Embedder, own: DevSet, expert: int) -> Float[np.ndarray, "Q"]:
-        return dev_ndcg(own, embedder.mixed(own.texts, *_only(expert, len(own.texts))), self._data.pool)
+        return dev_ndcg(own, embedder.mixed(own.texts, *only(expert, len(own.texts))), self._data.pool)
 
     def calibration(self, bank: Bank) -> list[None]:
         """One document space needs none, neither for the base nor for its experts."""
@@ -131,12 +131,13 @@ class BothTowers:
         own, texts = self._dev[number]
         embedder = self._embedder.with_bank(with_base(bank))
         return (
-            embedder.mixed(own.texts, *_only(number, len(own.texts))),
-            embedder.mixed(texts, *_only(number, len(texts))),
+            embedder.mixed(own.texts, *only(number, len(own.texts))),
+            embedder.mixed(texts, *only(number, len(texts))),
         )
 
 
-def _only(number: int, count: int) -> tuple[Int[np.ndarray, "N 1"], Float[np.ndarray, "N 1"]]:
+def only(number: int, count: int) -> tuple[Int[np.ndarray, "N 1"], Float[np.ndarray, "N 1"]]:
+    """(experts, weights) for `Embedder.mixed` of texts that all use one of a bank's experts, counted without the base."""
     return np.full((count, 1), number + 1, np.int32), np.ones((count, 1), np.float32)
 
 

@@ -1,0 +1,58 @@
+"""What counts beside the cosine of two vectors: the words of a query, and what the domain's train queries were answered with.
+
+The score of a document is  cosine + lexical * BM25 + memory * (how much nearer than others a train query was that it answered).
+A *memory* keeps train queries as their expert embeds them: weights learn what they have in common, the memory keeps which
+document each was answered with (cf. nearest-neighbour language models, arXiv 1911.00172). Domains differ in what they want of
+both, from nothing to much, so every expert has a *blend* of its own, chosen on dev.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float16, Int, UInt8
+
+NEIGHBOURS = 31
+"""Nearest train queries that a query is compared with; the last of them says what is near for it."""
+
+
+class Blend(NamedTuple):
+    """How much the words and the memory count beside the cosine; both 0: nothing."""
+
+    lexical: float = 0.0
+    memory: float = 0.0
+
+
+class Memory(NamedTuple):
+    """Train queries and the documents they were answered with: those of query t are documents[offsets[t]:offsets[t + 1]].
+
+    Documents go by the digest of what is embedded of them, so that one is remembered wherever it is indexed, and forgotten
+    once its text is another.
+    """
+
+    queries: Float16[np.ndarray, "T D"]
+    offsets: Int[np.ndarray, "T+1"]
+    documents: UInt8[np.ndarray, "A 16"]
+
+
+def digest(contents: str) -> bytes:
+    """What a memory knows a document by."""
+    return hashlib.sha256(contents.encode()).digest()[:16]
+
+
+def remembered(
+    found: Int[np.ndarray, "K"],
+    scores: Float[np.ndarray, "K"],
+    offsets: Int[np.ndarray, "T+1"],
+    rows: Int[np.ndarray, "A"],
+) -> tuple[Int[np.ndarray, "R"], Float[np.ndarray, "R"]]:
+    """(rows, values) of the documents that answered the nearest train queries.
+
+    `found` are these, best first, and `scores` their cosines. A document's value is by how much the nearest query that it
+    answered is nearer than the farthest of them all: measured so, bases with wide and with narrow cosines are alike.
+    """
+    answers = [rows[offsets[query] : offsets[query + 1]] for query in found]
+    own = np.concatenate(answers) if answers else rows[:0]
+    values = np.repeat(scores - scores.min(initial=np.inf), [len(answer) for answer in answers])
+    distinct, first = np.unique(own, return_index=True)  # the first is the nearest query's
+    return distinct, values[first].astype(np.float32)
