@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 
 import moeret
+from experiments.blended_rival import blended_system
 from experiments.pilots import pilot_system
 from experiments.pooled_report import write_report
 from moeret.config import TrainConfig
@@ -176,21 +177,35 @@ def run_seed(
     rival = moeret.Model.load(place / best)
     own = kept(
         place / f"scores-{best}{suffix}.json",
-        lambda: evaluate_rival(retriever, rival, {**trained, **foreign}, queries),
+        lambda: evaluate_rival(retriever, rival, trained, foreign, queries, ours.dev_queries),
     )
     scores["systems"] |= own["systems"]
-    scores["multi-task"] = {"taken": best, "dev": rivals, "steps": config.shared_steps}
+    scores["multi-task"] = {"taken": best, "dev": rivals, "steps": config.shared_steps, "blend": own["blend"]}
     return scores, [tried[[*rivals].index(best)]]
 
 
 def evaluate_rival(
-    retriever: moeret.Retriever, rival: moeret.Model, domains: dict[str, Path], queries: int | None
+    retriever: moeret.Retriever,
+    rival: moeret.Model,
+    trained: dict[str, Path],
+    foreign: dict[str, Path],
+    most: int | None,
+    most_dev: int,
 ) -> dict[str, Any]:
-    """Scores one delta for all domains, compared exactly with the whole pool."""
-    system = exact_system(retriever, _encoder(rival, SHARED_EXPERT))
-    tests = _tests(retriever, domains, queries)
-    ranked = {test.name: search_system(system, test, lambda count: None) for test in tests}
-    return {"systems": {"multi-task": {"values": _values(score(tests, ranked).values)}}}
+    """Scores one delta for all domains, compared exactly with the whole pool: by its cosine alone, and with one blend."""
+    encode = _encoder(rival, SHARED_EXPERT)
+    tests = _tests(retriever, {**trained, **foreign}, most)
+    domains, held = read_domains(trained), retriever.held()
+    dev = [
+        TestSet.of(own.name, sample(own.splits["dev"], most_dev), {each.id: each for each in own.corpus}, held)
+        for own in domains
+    ]
+    blended, blend = blended_system(retriever, domains, dev, encode)
+    systems = {}
+    for label, system in (("multi-task", exact_system(retriever, encode)), ("multi-task, blended", blended)):
+        ranked = {test.name: search_system(system, test, lambda count: None) for test in tests}
+        systems[label] = {"values": _values(score(tests, ranked).values)}
+    return {"systems": systems, "blend": blend._asdict()}
 
 
 def _tests(retriever: moeret.Retriever, domains: dict[str, Path], most: int | None) -> list[TestSet]:
@@ -243,6 +258,10 @@ def evaluate(
         route("known-domain oracle", "oracle", home)
         system("shared delta alone", exact_system(retriever, _encoder(model, SHARED_EXPERT)))
         route("routed, all indexes", "all", home)
+        retriever.blends, blends = {}, retriever.blends
+        route("routed, cosine alone", "auto", home)
+        route("oracle, cosine alone", "oracle", home)
+        retriever.blends = blends
         if first:
             bm25, base = bm25_system(retriever), exact_system(retriever, _encoder(model, None))
             system("BM25", bm25)

@@ -11,8 +11,8 @@ from moeret.metrics import NDCG, RECALL
 from scripts.benchmarks import FILE, markdown_table, write_block, write_section
 
 ORDER = (
-    "BM25", "base", "base + BM25", "RouterRetriever's pilots", "shared delta alone", "multi-task", "routed, all indexes",
-    "one expert", "routed", "known-domain oracle", "best-expert-per-query oracle",
+    "BM25", "base", "base + BM25", "RouterRetriever's pilots", "shared delta alone", "multi-task", "multi-task, blended",
+    "routed, cosine alone", "routed", "known-domain oracle", "best-expert-per-query oracle",
 )  # fmt: skip
 LEAST_QUERIES = 10
 """Seen or unseen queries of a domain that there must be for their mean to be counted."""
@@ -81,6 +81,8 @@ def _setup(scores, names, foreign, config) -> str:
             f"- multi-task: one delta, {own['steps']} steps a domain, as many as we take in all, at its own best strength, "
             f"compared exactly with the whole pool; rank {shared + len(names) * rank} has as many parameters as all of ours. "
             f"Best on dev of {tried} (rank, learning rate): {own['taken']}\n"
+            f"- multi-task, blended: the same with BM25 and a memory of all train queries beside its cosine; one blend for all "
+            f"domains, the best on dev (BM25 x {own['blend']['lexical']:g}, memory x {own['blend']['memory']:g})\n"
         )
     return (
         f"Trained: {', '.join(names)}. Foreign, without any training data: {', '.join(foreign)}.\n\n"
@@ -88,9 +90,15 @@ def _setup(scores, names, foreign, config) -> str:
         f"a domain, at most {config['steps']} steps and {config['epochs']:g} epochs; {config['batch_size']} queries a step, "
         f"learning rates {config['shared_learning_rate']:g} and {config['learning_rate']:g}\n"
         f"{rival}"
+        f"- our blends (BM25, memory), chosen on dev, first seed: {_blends(first['experts'])}\n"
         "- shared delta alone, base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first "
-        "seed) search the whole pool exactly; one expert, routed and the known-domain oracle search HNSW indexes"
+        "seed) search the whole pool exactly, by cosine; routed and the oracles search HNSW indexes and words and memories"
     )
+
+
+def _blends(experts: Sequence[Mapping[str, Any]]) -> str:
+    wanted = ((own["name"], own["blend"]) for own in experts)
+    return ", ".join(f"{name} {blend['lexical']:g} and {blend['memory']:g}" for name, blend in wanted)
 
 
 def _by_domain(table, recall, names, foreign, seen) -> str:
@@ -125,7 +133,7 @@ def _spread(scores, table, names) -> str:
 
 def _checks(scores, table, names, foreign, seen) -> str:
     ours, base = table["routed"], table["base"]
-    rivals = {label: table[label] for label in ("base", "multi-task") if label in table}
+    rivals = {label: table[label] for label in ("base", "multi-task", "multi-task, blended") if label in table}
     unseen = {name: ~mask for name, mask in seen.items()}
 
     def gain(over: Values, mask=None) -> float:
@@ -142,14 +150,14 @@ def _checks(scores, table, names, foreign, seen) -> str:
         key: np.mean([own["systems"]["routed"]["cost"][key] for own in scores])
         for key in ("indexes", "documents_share")
     }
-    least, least_unseen = {"base": 12, "multi-task": 1}, {"base": 6, "multi-task": 1}
     lines = [
-        *(line(f"routed minus {label}", gain(own), least[label]) for label, own in rivals.items()),
+        *(line(f"routed minus {label}", gain(own), 12 if label == "base" else 1) for label, own in rivals.items()),
         line("routed minus known-domain oracle", gain(table["known-domain oracle"]), -0.7),
         *(
-            line(f"unseen documents: routed minus {label}", gain(own, unseen), least_unseen[label])
+            line(f"unseen documents: routed minus {label}", gain(own, unseen), 6 if label == "base" else 1)
             for label, own in rivals.items()
         ),
+        *_cosine_alone(scores, table, names),
         line(f"the worst domain ({worst[1]}) against the base", worst[0], -0.3),
         *(
             line(f"foreign corpus {name} against the base", 100 * (ours[name].mean() - base[name].mean()), -0.5)
@@ -167,6 +175,21 @@ def _checks(scores, table, names, foreign, seen) -> str:
         + ", ".join(f"{name} {value}" for name, value in scores[0]["seconds"].items()),
     ]
     return "\n".join(lines)
+
+
+def _cosine_alone(scores, table, names) -> list[str]:
+    """What routing loses, and gains on multi-task, where words and memory count for neither."""
+    routed, oracle = (
+        mean_over(_values(scores, f"{label}, cosine alone", NDCG), names) for label in ("routed", "oracle")
+    )
+    against = (
+        f", to multi-task {100 * (routed - mean_over(table['multi-task'], names)):+.2f}"
+        if "multi-task" in table
+        else ""
+    )
+    return [
+        f"- by cosine alone, without a bound: routed to the known-domain oracle {100 * (routed - oracle):+.2f}{against}"
+    ]
 
 
 def curve(scores: Sequence[dict[str, Any]], names: Sequence[str]) -> list[tuple[str, float, float, float]]:
@@ -199,6 +222,7 @@ def _summary(scores, table, recall, names, seen) -> str:
             "base + BM25",
             "shared delta alone",
             "multi-task",
+            "multi-task, blended",
             "routed",
             "known-domain oracle",
         )
@@ -229,7 +253,7 @@ def draw(file: Path, scores: Sequence[dict[str, Any]], table: Mapping[str, Value
     import matplotlib.pyplot as plt
 
     unseen = {name: ~mask for name, mask in seen.items()}
-    labels = [label for label in ORDER if label in table and label not in ("one expert", "routed, all indexes")]
+    labels = [label for label in ORDER if label in table]
     figure, (bars, cost) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
     values = [100 * mean_over(table[label], names) for label in labels]
     colours = ["#c98a1b" if label == "routed" else "#d5d5d5" if "oracle" in label else "#8fb0d3" for label in labels]
@@ -248,7 +272,11 @@ def draw(file: Path, scores: Sequence[dict[str, Any]], table: Mapping[str, Value
         if label == "routed":
             cost.plot(100 * share, 100 * score, "o", color="#c98a1b", ms=10)
             cost.annotate("routed", (100 * share, 100 * score), xytext=(0, 10), textcoords="offset points", ha="center")
-    whole = {label: 100 * mean_over(table[label], names) for label in ("base", "BM25", "multi-task") if label in table}
+    whole = {
+        label: 100 * mean_over(table[label], names)
+        for label in ("base", "BM25", "multi-task, blended")
+        if label in table
+    }
     for label, value in whole.items():
         cost.plot(100, value, "s", color="#555")
         cost.annotate(label, (100, value), xytext=(-8, -12), textcoords="offset points", ha="right")

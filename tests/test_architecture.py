@@ -11,7 +11,7 @@ PACKAGE = ROOT / "moeret"
 ORDER = ["words", "data", "models", "training retrieval", "evaluation", "quickstart", "cli"]
 WORDS = {"errors", "types", "config", "artifact", "metrics", "progress"}
 ONE_IMPORTER = {
-    "bm25s": "evaluation/baselines.py",
+    "bm25s": "data/lexical.py",
     "hnswlib": "retrieval/hnsw.py",
     "huggingface_hub": "models/pretrained.py",
     "ir_measures": "metrics.py",

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from moeret import artifact
 from moeret.errors import ArtifactError, ConfigError
 from moeret.models import experts
-from moeret.models.blend import Blend, Memory
 from moeret.models.embed import Embedder
 from moeret.models.familiarity import Familiarity
+from moeret.models.memory import Blend, Memory
 from moeret.models.pretrained import Base, find_base, load_base
 from moeret.models.router import Choice, Router
 from moeret.progress import progress_bar

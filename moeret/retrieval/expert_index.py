@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from moeret.artifact import Artifact, Draft
 from moeret.config import IndexConfig
 from moeret.data.lexical import Lexical
-from moeret.models.blend import NEIGHBOURS, Blend, Memory, digest, remembered
+from moeret.models.memory import NEIGHBOURS, Blend, Memory, digest, remembered
 from moeret.retrieval.hnsw import Segment, build_segment, read_segment, write_segment
 from moeret.types import Document
 

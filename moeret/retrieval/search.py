@@ -15,7 +15,7 @@ from moeret.artifact import Artifact
 from moeret.config import IndexConfig, require
 from moeret.data.lexical import stems
 from moeret.errors import ArtifactError
-from moeret.models.blend import Blend
+from moeret.models.memory import Blend
 from moeret.models.model import Model, check_texts
 from moeret.models.router import Choice, Router
 from moeret.retrieval.build import KIND

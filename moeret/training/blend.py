@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Float
 
 from moeret.data.lexical import Lexical, stems
-from moeret.models.blend import NEIGHBOURS, Blend, Memory, digest, remembered
+from moeret.models.memory import NEIGHBOURS, Blend, Memory, digest, remembered
 from moeret.training.prepare import Prepared
 from moeret.training.routing import DevSet, own_ndcg
 from moeret.training.strength import harmless
 
 LEXICAL = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
 """Weights tried for BM25, which reaches 10 to 30 for the best document of a query."""
-MEMORY = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
+MEMORY = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Weights tried for the memory, whose values are differences of cosines."""
 MOST_QUERIES = 65_536
 """Train queries that a memory keeps at most."""

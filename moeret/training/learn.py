@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.models import experts
-from moeret.models.blend import Blend
 from moeret.models.embed import Embedder
+from moeret.models.memory import Blend
 from moeret.progress import progress_bar
 from moeret.training.batches import Batches
 from moeret.training.blend import Blended, DevBlends

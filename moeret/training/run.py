@@ -17,8 +17,8 @@ from moeret.config import DEFAULT_BASE, ExpertConfig, TrainConfig, differences, 
 from moeret.data.beir import check_name
 from moeret.errors import ConfigError
 from moeret.models import experts
-from moeret.models.blend import Blend
 from moeret.models.embed import Embedder
+from moeret.models.memory import Blend
 from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers, read_shared
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router

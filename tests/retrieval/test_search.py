@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import moeret
 from moeret import Retriever, artifact
 from moeret.config import IndexConfig
+from moeret.models.memory import Blend
 from moeret.models.model import Model
 
 TOLERANCE = 2e-5
@@ -155,7 +156,7 @@ def test_graphs_find_what_exact_search_finds(retriever, graphs):
 
 
 def expected_hits(retriever, query_vector, names, k):
-    """(score, expert, id) of the best k documents of these indexes by brute force."""
+    """(score, expert, id) of the best k documents of these indexes by brute force over their vectors."""
     found = [
         (float(vector @ query_vector), name, document.id)
         for vector, (name, document) in zip(retriever.vectors(), retriever.held(), strict=True)
@@ -167,6 +168,7 @@ def expected_hits(retriever, query_vector, names, k):
 @pytest.mark.parametrize(("route", "expert"), [("base", None), ("fruit", "fruit"), ("metal", "metal"), ("all", "auto")])
 def test_a_route_searches_its_indexes_with_its_experts_vector(index_folder, route, expert):
     retriever = Retriever.load(index_folder)
+    retriever.blends = {}
     retriever.model.query_router = dataclasses.replace(retriever.model.query_router, familiarity=None)
     names = [route] if route in ("fruit", "metal") else ["fruit", "metal"]
     vectors = retriever.model.encode_query(QUERIES, expert=expert, normalize_embeddings=True)
@@ -175,6 +177,44 @@ def test_a_route_searches_its_indexes_with_its_experts_vector(index_folder, rout
         assert list(indexes) == names
         best = expected_hits(retriever, vector, names, 6)
         np.testing.assert_allclose([hit.score for hit in hits], [score for score, _, _ in best], atol=TOLERANCE)
+
+
+WISHES = {"base": Blend(0.03), "shared": Blend(0.5), "fruit": Blend(0.1, 0.7), "metal": Blend(0.2, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("route", "shares"),
+    [("base", {"base": 1.0}), ("shared", {"shared": 1.0}), ("fruit", {"fruit": 1.0}), ("all", None), ("auto", None)],
+)
+def test_words_count_as_much_as_the_merged_experts_want_and_memory_as_its_own_does(index_folder, route, shares):
+    retriever = Retriever.load(index_folder)
+    retriever.model.query_router = dataclasses.replace(retriever.model.query_router, minimum=0.0)
+    cosine = by_document(retriever, route, {})
+    for query, route_taken in zip(QUERIES, routes_of(retriever, route), strict=True):
+        used = shares or route_taken.experts or {"base": 1.0}
+        alone = by_document(retriever, route, {name: Blend(1.0) for name in WISHES})[query]
+        recalled = by_document(retriever, route, {name: Blend(0.0, 1.0) for name in WISHES})[query]
+        got = by_document(retriever, route, WISHES)[query]
+        weight = sum(WISHES[name].lexical * share for name, share in used.items())
+        for (name, id), score in cosine[query].items():
+            memory = WISHES[name].memory * (recalled[name, id] - score)
+            expected = score + weight * (alone[name, id] - score) + memory
+            np.testing.assert_allclose(got[name, id], expected, atol=1e-4)
+    retriever.close()
+
+
+def by_document(retriever, route, blends):
+    """Query -> (expert, id) -> score of everything that is searched with these blends."""
+    retriever.blends = blends
+    return {
+        query: {(hit.expert, hit.id): hit.score for hit in hits}
+        for query, hits in zip(QUERIES, retriever.search_batch(QUERIES, 24, route=route), strict=True)
+    }
+
+
+def routes_of(retriever, route):
+    """What the router chose; nothing for a route that asks no router."""
+    return retriever.rank(QUERIES, 1, route=route).routes or [None] * len(QUERIES)
 
 
 def test_auto_searches_the_indexes_of_the_chosen_experts(index_folder):

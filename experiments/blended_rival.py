@@ -1,0 +1,66 @@
+"""One model for all domains with all that our experts have beside their weights: BM25, and a memory of every train query.
+
+What is left to a mixture then is that each of its experts weighs them as its domain wants: this rival has one blend.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moeret.config import IndexConfig
+from moeret.data.beir import Domain
+from moeret.data.lexical import Lexical, stems
+from moeret.evaluation.baselines import System
+from moeret.evaluation.testsets import TestSet, score
+from moeret.metrics import NDCG
+from moeret.models.memory import Blend, Memory, digest
+from moeret.retrieval.expert_index import ExpertIndex, build_recall
+from moeret.retrieval.hnsw import build_segment
+from moeret.retrieval.search import Retriever
+from moeret.training.blend import LEXICAL, MEMORY
+
+
+def blended_system(
+    retriever: Retriever,
+    domains: Sequence[Domain],
+    dev: Sequence[TestSet],
+    encode: Callable[[Sequence[str]], np.ndarray],
+) -> tuple[System, Blend]:
+    """The rival that embeds queries by `encode`, and the blend with the best mean dev nDCG@10 over domains, which it uses."""
+    documents, exact = [document for _, document in retriever.held()], IndexConfig(exact_below=10**9)
+    index = ExpertIndex(
+        0,
+        build_segment(retriever.vectors(), np.arange(len(documents)), exact),
+        Lexical.of([document.contents for document in documents]),
+        build_recall(_memory(domains, encode), documents, 0, exact),
+    )
+
+    def system(blend: Blend) -> System:
+        return lambda texts, k: index.search(encode(texts), stems(texts), [blend] * len(texts), k)
+
+    asked = [(encode(texts), stems(texts)) for texts in ([*test.judged.queries.values()] for test in dev)]
+
+    def mean(blend: Blend) -> float:
+        ranked = {
+            test.name: index.search(vectors, words, [blend] * len(words), 11)
+            for test, (vectors, words) in zip(dev, asked, strict=True)
+        }
+        return score(dev, ranked).mean()[NDCG]
+
+    best = max((Blend(lexical, memory) for lexical in LEXICAL for memory in MEMORY), key=mean)
+    return system(best), best
+
+
+def _memory(domains: Sequence[Domain], encode: Callable[[Sequence[str]], np.ndarray]) -> Memory:
+    """The train queries of all domains and what they were answered with."""
+    vectors, answers = [], []
+    for domain in domains:
+        split = domain.splits["train"]
+        contents = {document.id: digest(document.contents) for document in domain.corpus}
+        vectors.append(encode([*split.queries.values()]))
+        answers += [[contents[id] for id, score in split.qrels[query].items() if score > 0] for query in split.queries]
+    return Memory(
+        np.concatenate(vectors).astype(np.float16),
+        np.cumsum([0, *map(len, answers)]),
+        np.frombuffer(b"".join(held for own in answers for held in own), np.uint8).reshape(-1, 16),
+    )

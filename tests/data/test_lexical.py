@@ -1,0 +1,62 @@
+"""BM25 is bm25s's, whole, repeatable, and never a reason to fail."""
+
+import os
+import subprocess
+import sys
+
+import bm25s
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from moeret.data.lexical import Lexical, stems
+
+WORDS = ["apple", "apples", "pie", "the", "of", "iron", "Zürich", "naïve", "42", "x", "c++", "running", "ran", ""]
+TEXTS = st.lists(st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join), min_size=1, max_size=8)
+
+
+@given(TEXTS, st.lists(st.sampled_from([*WORDS, "quince"]), max_size=5).map(" ".join))
+@settings(deadline=None)
+def test_scores_are_those_of_bm25s_and_zero_where_no_word_is_shared(texts, query):
+    [words] = stems([query])
+    scores = Lexical.of(texts).scores(words)
+    documents = stems(texts)
+    shared = [bool(set(own) & set(words)) for own in documents]
+    assert scores.shape == (len(texts),) and scores.dtype == np.float32
+    np.testing.assert_array_equal(scores > 0, shared)
+    if any(shared):
+        peer = bm25s.BM25(k1=1.2, b=0.75)
+        peer.index(documents, show_progress=False)
+        np.testing.assert_allclose(scores, peer.get_scores(words), rtol=1e-5)
+
+
+@given(TEXTS)
+@settings(deadline=None, max_examples=20)
+def test_a_file_keeps_all_of_it(tmp_path_factory, texts):
+    file = tmp_path_factory.mktemp("lexical") / "words.safetensors"
+    made = Lexical.of(texts)
+    save_file(made.tensors, file)
+    read = Lexical(load_file(file))
+    for words in stems([*texts, *WORDS]):
+        np.testing.assert_array_equal(read.scores(words), made.scores(words))
+
+
+def test_every_process_counts_alike():
+    """Python orders sets of strings anew in each process, and an index must be the same bytes in every build."""
+    program = (
+        "import hashlib; from moeret.data.lexical import Lexical;"
+        "own = Lexical.of(['gold and tin', 'a tin of iron pears', 'pears']).tensors;"
+        "print(hashlib.sha256(b''.join(own[name].tobytes() for name in sorted(own))).hexdigest())"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(seen) == 1
