@@ -374,7 +374,10 @@ def _print_route(route: Any) -> None:
 
 
 def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
-    keys = ("name", "documents", "train_queries", "base_dev_ndcg", "dev_ndcg", "step", "strength", "shared_strength")
+    keys = (
+        "name", "documents", "train_queries", "base_dev_ndcg", "dev_ndcg", "step", "strength", "shared_strength", "blend",
+        "own_index_dev_ndcg",
+    )  # fmt: skip
     rows = [{key: entry[key] for key in keys} for entry in meta["experts"]]
     router = meta["router"]
     if as_json:

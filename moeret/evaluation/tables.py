@@ -44,10 +44,11 @@ def model_tables(meta: dict[str, Any]) -> list[Table | str]:
 
 
 def expert_table(experts: list[dict[str, Any]]) -> Table:
-    """What each expert of a model gained on dev, over all, seen and unseen queries, and how much of it is used."""
+    """What each expert of a model gained on dev, over all, seen and unseen queries, and how much of what it uses."""
     table = Table(
-        "expert", "documents", "queries", "dev", "seen", "unseen", "step", "own", "shared",
-        caption="nDCG@10 x 100 on dev, base → expert; own, shared: strengths of the deltas",
+        "expert", "documents", "queries", "dev", "seen", "unseen", "blended", "own", "shared", "words", "memory",
+        caption="nDCG@10 x 100 on dev, base → expert by cosine over all domains; blended: in its own index, by cosine → with "
+        "words and memory; own, shared: strengths of the deltas; words, memory: what they count",
     )  # fmt: skip
     for entry in experts:
         before, after = entry["base_dev_ndcg"], entry["dev_ndcg"]
@@ -55,8 +56,12 @@ def expert_table(experts: list[dict[str, Any]]) -> Table:
             "too few" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}"
             for group in after
         ]
-        used = (str(entry["step"]), f"{entry['strength']:g}", f"{entry['shared_strength']:g}")
-        table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains, *used)
+        own = entry["own_index_dev_ndcg"]
+        gains.append(f"{100 * own['cosine']:.1f} → {100 * own['blend']:.1f}" if own else "")
+        blend = entry["blend"]
+        used = (entry["strength"], entry["shared_strength"], blend["lexical"], blend["memory"])
+        row = (entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains)
+        table.add_row(*row, *(f"{value:g}" for value in used))
     return table
 
 
