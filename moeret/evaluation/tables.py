@@ -30,7 +30,7 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
 
 def model_tables(meta: dict[str, Any]) -> list[Table | str]:
     """What a published model's experts, its shared delta and its routers did on dev."""
-    parts: list[Table | str] = [expert_table(meta["experts"])]
+    parts: list[Table | str] = [expert_table(meta["experts"]), use_table(meta["experts"])]
     if shared := meta["shared"]:
         gain = f"{100 * shared['base_dev_ndcg']:.1f} → {100 * shared['dev_ndcg']:.1f}"
         parts.append(f"shared delta alone: {gain} (step {shared['step']}, strength {shared['strength']:g})")
@@ -44,11 +44,10 @@ def model_tables(meta: dict[str, Any]) -> list[Table | str]:
 
 
 def expert_table(experts: list[dict[str, Any]]) -> Table:
-    """What each expert of a model gained on dev, over all, seen and unseen queries, and how much of what it uses."""
+    """What each expert of a model gained on dev, over all, seen and unseen queries."""
     table = Table(
-        "expert", "documents", "queries", "dev", "seen", "unseen", "blended", "own", "shared", "words", "memory",
-        caption="nDCG@10 x 100 on dev, base → expert by cosine over all domains; blended: in its own index, by cosine → with "
-        "words and memory; own, shared: strengths of the deltas; words, memory: what they count",
+        "expert", "documents", "queries", "dev", "seen", "unseen",
+        caption="nDCG@10 x 100 on dev, all domains in one pool: base → expert, by cosine",
     )  # fmt: skip
     for entry in experts:
         before, after = entry["base_dev_ndcg"], entry["dev_ndcg"]
@@ -56,12 +55,22 @@ def expert_table(experts: list[dict[str, Any]]) -> Table:
             "too few" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}"
             for group in after
         ]
-        own = entry["own_index_dev_ndcg"]
-        gains.append(f"{100 * own['cosine']:.1f} → {100 * own['blend']:.1f}" if own else "")
-        blend = entry["blend"]
+        table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains)
+    return table
+
+
+def use_table(experts: list[dict[str, Any]]) -> Table:
+    """How much each expert of a model uses of what it has, and what words and memory gained on dev."""
+    table = Table(
+        "expert", "step", "own delta", "shared delta", "words", "memory", "gain",
+        caption="strengths of the deltas; what words and memory count beside the cosine, and gain in the expert's own index "
+        "(nDCG@10 x 100 on dev)",
+    )  # fmt: skip
+    for entry in experts:
+        own, blend = entry["own_index_dev_ndcg"], entry["blend"]
         used = (entry["strength"], entry["shared_strength"], blend["lexical"], blend["memory"])
-        row = (entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains)
-        table.add_row(*row, *(f"{value:g}" for value in used))
+        gain = f"{100 * own['cosine']:.1f} → {100 * own['blend']:.1f}" if own else ""
+        table.add_row(entry["name"], str(entry["step"]), *(f"{value:g}" for value in used), gain)
     return table
 
 
