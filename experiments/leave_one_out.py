@@ -60,7 +60,7 @@ def main() -> None:
         found[name] = json.loads(file.read_text())
     body = (
         f"{NDCG} x 100 of each domain's test queries (at most {arguments.queries}) when its expert is taken out of the model and "
-        "its documents come in as a corpus without a domain; base: the base's vector, all documents:\n\n"
+        "its documents come in as a corpus without a domain; base: the base's vector alone, all documents:\n\n"
         f"{_test_table(found)}\n\nThe same on dev, mean of the domains, by how much less than the chosen indexes another may "
         f"promise and is searched too (the retriever's: {MARGIN:g}):\n\n{_dev_table(found)}"
     )
@@ -120,8 +120,11 @@ def _without(name: str, arguments: Arguments) -> dict[str, Any]:
     [test] = read_test_sets(retriever, {name: own}, "test")
     [domain] = read_domains({name: own})
 
+    blends = retriever.blends
+
     def run(judged: Judged, route: str) -> tuple[float, Rankings]:
         asked = dataclasses.replace(test, judged=sample(judged, arguments.queries))
+        retriever.blends = {} if route == BASE_EXPERT else blends
         found = search_route(retriever, asked, route, lambda count: None)
         return float(score([asked], {name: found.ranked}).mean()[NDCG]), found
 

@@ -29,8 +29,6 @@ MARGIN, WIDER = 0.3, 3
 """How much less than the best of the chosen ones an index may promise and is searched too, in spreads of the sketches, if it
 holds documents that came without a domain; where none is chosen any may, and so many times that. A wider margin finds more
 such documents and costs more (experiments.leave_one_out)."""
-CLEARLY = 0.9
-"""How much more an expert's index must promise than the base's own, in spreads, for an unfamiliar query to be the expert's."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 
@@ -260,7 +258,7 @@ class Retriever:
         """What the router chooses, and the vectors.
 
         An unfamiliar query need not be foreign. Where the router abstains, but to the base's vector the likeliest expert's
-        index promises clearly more than the base's own, or there is no such index, the router's experts count after all.
+        index promises more than the base's own, or there is no such index, the router's experts count after all.
         """
         choice, vectors = self.model.embedder.routed(texts, router)
         rows = np.flatnonzero(choice.abstained)
@@ -271,7 +269,7 @@ class Retriever:
         nothing = np.full(len(rows), -np.inf, np.float32)
         of_experts = np.stack([promised.get(name, nothing) for name in self.model.experts], axis=1)
         best = np.take_along_axis(of_experts, anyway.experts[:, :1] - 1, axis=1)[:, 0]
-        known = promised.get(BASE_EXPERT, nothing) < best - CLEARLY * self._spread
+        known = promised.get(BASE_EXPERT, nothing) < best
         rows, anyway = rows[known], Choice(*(field[known] for field in anyway))
         if len(rows):
             vectors[rows] = self.model.embedder.mixed([texts[row] for row in rows], anyway.experts, anyway.weights)

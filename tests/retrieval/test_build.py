@@ -16,7 +16,7 @@ from moeret import artifact
 from moeret.config import IndexConfig
 from moeret.data.beir import read_corpus
 from moeret.models.model import Model
-from moeret.retrieval import build, search
+from moeret.retrieval import build
 from moeret.retrieval.build import build_index
 from moeret.types import Document
 
@@ -126,7 +126,6 @@ def test_an_unfamiliar_query_is_foreign_only_where_documents_that_no_expert_owns
 ):
     """To this router every query is unfamiliar; what the index holds tells which are foreign."""
     place_by_router(monkeypatch, 1.1)
-    monkeypatch.setattr(search, "CLEARLY", 0.0)  # these few documents are not clearly anything
     foreign = [row["text"] for row in loose_corpus(tmp_path / "loose.jsonl")]
     known = [read_corpus(path / "corpus.jsonl")[0].contents for path in two_domains.values()]
     for name, loose in (("alone", []), ("mixed", [tmp_path / "loose.jsonl"])):
