@@ -98,13 +98,14 @@ def train(
         for name, path in base_files(encoder.folder).items():
             draft.copy(f"base/{name}", path)
         requests = {name: {**to_json(config), f"domain {name}": source_digests(path)} for name, path in domains.items()}
-        entries = _write_experts(draft, data, trained, requests)
+        of_base = blends.of_one([own.vectors for own in data.dev]) if blends else Blend()
+        entries = _write_experts(draft, data, trained, of_base, requests)
         meta = {
             "base": {
                 "name": base,
                 "fingerprint": encoder.fingerprint,
                 "calibration": trained.calibration[0],
-                "blend": (blends.of_one([own.vectors for own in data.dev]) if blends else Blend())._asdict(),
+                "blend": of_base._asdict(),
             },
             "tower": config.tower,
             "expert": to_json(config.expert),
@@ -128,7 +129,8 @@ def add_expert(
     """Trains one more expert for a published model and refits its router; no other expert's file changes.
 
     The other domains take part through their profiles: their documents as negatives, their queries for the router. With
-    `label_free` only the folder's corpus is read, and queries are made from its documents' titles and texts.
+    `label_free` only the folder's corpus is read, queries are made from its documents' titles and texts, and words count
+    as much as for the base.
     `config`'s tower and expert shape are the model's. Continues a run that was cut off, as `train` does.
 
     Raises:
@@ -170,10 +172,12 @@ def add_expert(
         )
         shared = read_shared(published).delta if published.meta["shared"] else None
         embedder = embedder.in_precision(config.precision)
-        blends = DevBlends(data) if config.tower == "query" else None
+        # Queries made from documents share their words as nobody's do: of a blend, such a dev says nothing.
+        blends = DevBlends(data) if config.tower == "query" and not label_free else None
         trained = learn(data, embedder, shared, blends, config, work, show_progress_bar=show_progress_bar)
         draft = Draft(model, KIND)
-        entries = [*published.meta["experts"], *_write_experts(draft, data, trained, {name: request})]
+        of_base = Blend(**published.meta["base"]["blend"])
+        entries = [*published.meta["experts"], *_write_experts(draft, data, trained, of_base, {name: request})]
         finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
         shutil.rmtree(work)
         return finished
@@ -249,7 +253,7 @@ def _write_shared(draft: Draft, shared: LearnedShared) -> dict[str, Any]:
 
 
 def _write_experts(
-    draft: Draft, data: Prepared, trained: Learned, requests: dict[str, dict[str, Any]]
+    draft: Draft, data: Prepared, trained: Learned, of_base: Blend, requests: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     entries = []
     for number, own in enumerate(data.domains):
@@ -271,17 +275,20 @@ def _write_experts(
                 "strength": float(trained.strengths.own[number]),
                 "shared_strength": float(trained.strengths.shared[number]),
                 "calibration": trained.calibration[number + 1],
-                **_write_blend(draft, own.name, trained.blended and trained.blended[number]),
+                **_write_blend(draft, own.name, trained.blended and trained.blended[number], of_base),
                 "request": requests[own.name],
             }
         )
     return entries
 
 
-def _write_blend(draft: Draft, name: str, blended: Blended | None) -> dict[str, Any]:
-    """What counts beside an expert's cosine, and its dev nDCG@10 in its own index by the cosine alone and with that."""
+def _write_blend(draft: Draft, name: str, blended: Blended | None, of_base: Blend) -> dict[str, Any]:
+    """What counts beside an expert's cosine, and its dev nDCG@10 in its own index by the cosine alone and with that.
+
+    As for the base where nothing was chosen.
+    """
     if blended is None:
-        return {"blend": Blend()._asdict(), "own_index_dev_ndcg": None, "memory": None}
+        return {"blend": of_base._asdict(), "own_index_dev_ndcg": None, "memory": None}
     file = None
     if blended.memory:
         tensors = {field: np.ascontiguousarray(own) for field, own in blended.memory._asdict().items()}

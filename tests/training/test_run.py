@@ -187,6 +187,7 @@ def test_an_expert_can_be_added_from_a_corpus_alone(model_folder, domains, short
     entry = added.meta["experts"][-1]
     assert (entry["name"], entry["documents"]) == ("river", 12) and 0 < entry["train_queries"] < 12
     assert entry["dev_ndcg"]["all"] >= entry["base_dev_ndcg"]["all"]
+    assert entry["blend"] == added.meta["base"]["blend"] and entry["memory"] is None
     moeret.build_index(tmp_path / "m", tmp_path / "index", {"river": tmp_path / "river"})
     with pytest.raises(moeret.ConfigError, match="made from other data or settings"):
         moeret.add_expert(tmp_path / "m", "river", domains["river"], config=short)
