@@ -13,8 +13,8 @@ from moeret.data.lexical import Lexical, stems
 from moeret.evaluation.baselines import System
 from moeret.evaluation.testsets import TestSet, score
 from moeret.metrics import NDCG
-from moeret.models.memory import Blend, Memory, digest
-from moeret.retrieval.expert_index import ExpertIndex, build_recall
+from moeret.models.memory import Blend, Memory
+from moeret.retrieval.expert_index import ExpertIndex, build_memory
 from moeret.retrieval.hnsw import build_segment
 from moeret.retrieval.search import Retriever
 from moeret.training.blend import LEXICAL, MEMORY
@@ -32,7 +32,7 @@ def blended_system(
         0,
         build_segment(retriever.vectors(), np.arange(len(documents)), exact),
         Lexical.of([document.contents for document in documents]),
-        build_recall(_memory(domains, encode), documents, 0, exact),
+        build_memory(_memory(domains, encode), documents, 0, exact),
     )
 
     def system(blend: Blend) -> System:
@@ -56,11 +56,7 @@ def _memory(domains: Sequence[Domain], encode: Callable[[Sequence[str]], np.ndar
     vectors, answers = [], []
     for domain in domains:
         split = domain.splits["train"]
-        contents = {document.id: digest(document.contents) for document in domain.corpus}
+        contents = {document.id: document.contents for document in domain.corpus}
         vectors.append(encode([*split.queries.values()]))
         answers += [[contents[id] for id, score in split.qrels[query].items() if score > 0] for query in split.queries]
-    return Memory(
-        np.concatenate(vectors).astype(np.float16),
-        np.cumsum([0, *map(len, answers)]),
-        np.frombuffer(b"".join(held for own in answers for held in own), np.uint8).reshape(-1, 16),
-    )
+    return Memory.of(np.concatenate(vectors), answers)

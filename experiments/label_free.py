@@ -61,6 +61,7 @@ def main() -> None:
         routes = {"routed": tests, "base": [test for test in tests if test.name in new]}
         for label, sets in routes.items():
             route = {"routed": "auto", "base": "base"}[label]
+            retriever.blends = {} if route == "base" else retriever.model.blends
             ranked = {test.name: search_route(retriever, test, route, lambda count: None).ranked for test in sets}
             found[when, label] = score(sets, ranked).table()
         retriever.close()

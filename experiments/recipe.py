@@ -112,7 +112,8 @@ def _run(
     if trial.start == "shared":
         base = dataclasses.replace(base, params=experts.fold(base.params, shared))
     own = Embedder(base, experts.base_alone(base.config, config.expert)).in_precision(config.precision)
-    learned = learn(four, own, shared if trial.start == "base" else None, config, place, show_progress_bar=True)
+    merged = shared if trial.start == "base" else None
+    learned = learn(four, own, merged, None, config, place, show_progress_bar=True)
     result = {
         "base": learned.base_dev.tolist(),
         "dev": learned.dev.tolist(),

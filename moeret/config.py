@@ -75,7 +75,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     precision: Precision = "float32"
-    """Of the training's products, summed in float32 either way; bfloat16 is faster where the processor multiplies it."""
+    """Of all products in training, up to the queries that a memory keeps, summed in float32 either way; bfloat16 is faster
+    where the processor multiplies it."""
     temperature: float = 0.02
     """Divides cosines in the contrastive loss."""
     hard_negatives: int = 1

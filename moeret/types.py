@@ -1,8 +1,8 @@
 """The value types at moeret's border, and its letters.
 
-Axis letters, the same everywhere: B batch rows, C centroids of a sketch, L tokens, D embedding width, E experts, H heads,
-I indexes, K hits, M corpus-side columns of a batch, N documents, P positives of a query, Q queries, R rank, S slots (experts
-that one row mixes), U experts that a batch uses.
+Axis letters, the same everywhere: A answers of a memory's queries, B batch rows, C centroids of a sketch, L tokens, D embedding
+width, E experts, H heads, I indexes, K hits, M corpus-side columns of a batch, N documents, P positives of a query, Q queries,
+R rank, S slots (experts that one row mixes), T queries of a memory, U experts that a batch uses.
 Expert 0 is always the base itself: it has no delta, and abstaining is routing to it.
 """
 

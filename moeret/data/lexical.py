@@ -11,7 +11,7 @@ import bm25s
 import numpy as np
 import Stemmer
 from bm25s.tokenization import Tokenized
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
 _K1, _B = 1.2, 0.75
@@ -34,8 +34,8 @@ class Lexical:
         """From the `tensors` of another."""
         self.tensors = tensors
         self._data, self._indices, self._indptr = (tensors[name] for name in ("data", "indices", "indptr"))
-        terms = tensors["vocabulary"].tobytes().decode().split("\n")
-        self._numbers = {term: number for number, term in enumerate(terms[: len(self._indptr) - 1])}
+        terms = tensors["vocabulary"].tobytes().decode().split()
+        self._numbers = {term: number for number, term in enumerate(terms)}
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Lexical":
@@ -51,6 +51,22 @@ class Lexical:
         vocabulary = np.frombuffer("\n".join(terms).encode(), np.uint8)
         return cls({**counted, "vocabulary": vocabulary, "documents": np.array([len(documents)])})
 
+    def part(self, start: int, end: int) -> "Lexical":
+        """The documents from `start` to before `end`, with the scores that they have among all."""
+        kept = (self._indices >= start) & (self._indices < end)
+        before = np.concatenate([[0], np.cumsum(kept)])
+        counts = np.diff(before[self._indptr])
+        terms = np.array([*self._numbers], object)[counts > 0]
+        return Lexical(
+            {
+                "data": self._data[kept],
+                "indices": self._indices[kept] - np.int32(start),
+                "indptr": np.concatenate([[0], np.cumsum(counts[counts > 0])]),
+                "vocabulary": np.frombuffer("\n".join(terms).encode(), np.uint8),
+                "documents": np.array([end - start]),
+            }
+        )
+
     def scores(self, query: Sequence[str]) -> Float[np.ndarray, "N"]:
         """Every document's BM25 score for a query's stems; 0 where no word is shared, never less."""
         out = np.zeros(int(self.tensors["documents"][0]), np.float32)
@@ -58,3 +74,9 @@ class Lexical:
             own = slice(self._indptr[number], self._indptr[number + 1])
             out[self._indices[own]] += self._data[own]
         return out
+
+
+def best(scores: Float[np.ndarray, "N"], count: int) -> Int[np.ndarray, "K"]:
+    """At most `count` documents with the highest scores above 0, in no order."""
+    hits = np.flatnonzero(scores)
+    return hits if len(hits) <= count else hits[np.argpartition(-scores[hits], count - 1)[:count]]

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moeret.config import IndexConfig
-from moeret.data.lexical import Lexical, stems
+from moeret.data.lexical import Lexical, best, stems
 from moeret.retrieval.fusion import Ranking, fuse
 from moeret.retrieval.hnsw import build_segment, exact_search
 from moeret.retrieval.search import Retriever
@@ -23,8 +23,9 @@ def bm25_system(retriever: Retriever) -> System:
         found = []
         for query in stems(texts):
             scores = lexical.scores(query)
-            rows = np.argsort(-scores, kind="stable")[:k]
-            found.append((rows[scores[rows] > 0], scores[rows][scores[rows] > 0]))
+            rows = best(scores, k)
+            rows = rows[np.lexsort((rows, -scores[rows]))]
+            found.append((rows, scores[rows]))
         return found
 
     return search

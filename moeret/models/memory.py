@@ -7,6 +7,7 @@ both, from nothing to much, so every expert has a *blend* of its own, chosen on 
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,24 @@ class Memory(NamedTuple):
     offsets: Int[np.ndarray, "T+1"]
     documents: UInt8[np.ndarray, "A 16"]
 
+    @classmethod
+    def of(cls, queries: Float[np.ndarray, "T D"], answers: Sequence[Sequence[str]]) -> "Memory":
+        """A memory of embedded queries and the contents of each one's documents."""
+        held = b"".join(digest(contents) for own in answers for contents in own)
+        offsets = np.cumsum([0, *map(len, answers)])
+        return cls(queries.astype(np.float16), offsets, np.frombuffer(held, np.uint8).reshape(-1, 16))
+
+    def answers(self, contents: Sequence[str]) -> tuple[Int[np.ndarray, "T+1"], Int[np.ndarray, "_"]]:
+        """(offsets, places) of each query's documents among these, every copy of one: none for a query whose are not there."""
+        places: dict[bytes, list[int]] = {}
+        for place, own in enumerate(contents):
+            places.setdefault(digest(own), []).append(place)
+        found = [
+            sorted({place for own in self.documents[start:end] for place in places.get(own.tobytes(), ())})
+            for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True)
+        ]
+        return np.cumsum([0, *map(len, found)]), np.array([place for own in found for place in own], np.int64)
+
 
 def digest(contents: str) -> bytes:
     """What a memory knows a document by."""
@@ -45,7 +64,7 @@ def remembered(
     scores: Float[np.ndarray, "K"],
     offsets: Int[np.ndarray, "T+1"],
     rows: Int[np.ndarray, "A"],
-) -> tuple[Int[np.ndarray, "R"], Float[np.ndarray, "R"]]:
+) -> tuple[Int[np.ndarray, "N"], Float[np.ndarray, "N"]]:
     """(rows, values) of the documents that answered the nearest train queries.
 
     `found` are these, best first, and `scores` their cosines. A document's value is by how much the nearest query that it

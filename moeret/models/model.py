@@ -1,7 +1,8 @@
 """A model: one base, a bank of experts, a router. In memory, and as a directory on disk.
 
-Every expert has its own two files: its deltas under `experts/` and, under `profiles/`, a sample of its domain's base
-vectors, from which routers are refitted and new experts get negatives without the old domains' data at hand.
+Every expert has its own files: its deltas under `experts/`; under `profiles/` a sample of its domain's base vectors, from which
+routers are refitted and new experts get negatives without the old domains' data at hand; and, where it uses one, its memory
+under `memories/`.
 """
 
 from collections.abc import Mapping, Sequence

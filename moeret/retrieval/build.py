@@ -25,7 +25,7 @@ from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import VECTORS, WORK, Model, read_memory
 from moeret.progress import Advance, progress_bar
 from moeret.retrieval.documents import write_documents
-from moeret.retrieval.expert_index import ExpertIndex, build_recall, write_index
+from moeret.retrieval.expert_index import ExpertIndex, build_memory, write_index
 from moeret.retrieval.hnsw import build_segment
 from moeret.retrieval.sketch import make_sketch
 from moeret.types import BASE_EXPERT, Document
@@ -198,17 +198,17 @@ def _build(
     name: str,
     documents: list[Document],
     vectors: Float[np.ndarray, "N D"],
+    lexical: Lexical | None,
     first: int,
     config: IndexConfig,
     advance: Advance,
 ) -> ExpertIndex:
-    """One expert's index, its documents' rows counted from `first`."""
-    segment = build_segment(vectors, np.arange(first, first + len(documents)), config, advance)
-    if model.tower == "both":
-        return ExpertIndex(first, segment)
-    memory = read_memory(model.published, name) if name != BASE_EXPERT else None
-    recall = memory and build_recall(memory, documents, first, config)
-    return ExpertIndex(first, segment, Lexical.of([document.contents for document in documents]), recall)
+    """One expert's index, its documents' rows counted from `first`; `lexical` are the words of all indexes' documents."""
+    end = first + len(documents)
+    segment = build_segment(vectors, np.arange(first, end), config, advance)
+    known = None if name == BASE_EXPERT or lexical is None else read_memory(model.published, name)
+    memory = known and build_memory(known, documents, first, config)
+    return ExpertIndex(first, segment, lexical and lexical.part(first, end), memory)
 
 
 def _write(
@@ -221,13 +221,15 @@ def _write(
 ) -> dict[str, Any]:
     documents = [document for own, _ in placed.values() for document in own]
     starts = np.cumsum([0, *(len(own) for own, _ in placed.values())])
+    # A word weighs alike in every index: how rare it is, is counted over all of them.
+    lexical = Lexical.of([document.contents for document in documents]) if model.tower == "query" else None
     with (
         progress_bar("Linking", len(documents), shown=show_progress_bar, unit="documents") as advance,
         ThreadPoolExecutor(os.cpu_count()) as threads,
     ):
         # One thread a graph, so that each is the same in every build; the graphs side by side.
         jobs = {
-            name: threads.submit(_build, model, name, own, vectors, int(start), config, advance)
+            name: threads.submit(_build, model, name, own, vectors, lexical, int(start), config, advance)
             for (name, (own, vectors)), start in zip(placed.items(), starts, strict=False)
         }
         indexes = {name: write_index(draft, name, job.result()) for name, job in jobs.items()}

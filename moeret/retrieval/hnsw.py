@@ -1,4 +1,6 @@
-"""Segments: immutable vectors of one expert, searched by an HNSW graph or, when few, exactly. The only importer of hnswlib.
+"""Segments: immutable vectors, searched by an HNSW graph or, when few, exactly. The only importer of hnswlib.
+
+They are of one expert's documents, or of its memory's queries; `rows` below are then the queries' numbers.
 
 What hnswlib leaves open is closed here: `ef` is set after every load; k is clamped to what is there; a graph that cannot
 reach k vectors is searched exactly instead of throwing; vectors that occur twice are stored once, because duplicates
@@ -66,7 +68,7 @@ class Segment:
             return exact_search(queries, self.all_vectors(), k)
         return found.astype(np.int64), 1.0 - distances
 
-    def vectors_of(self, rows: Int[np.ndarray, "R"]) -> Float[np.ndarray, "R D"]:
+    def vectors_of(self, rows: Int[np.ndarray, "K"]) -> Float[np.ndarray, "K D"]:
         """The vectors of documents that it has."""
         numbers = self._vector_of[rows - self.rows.min()]
         return self.vectors[numbers] if self.graph is None else np.asarray(self.graph.get_items(numbers), np.float32)

@@ -48,9 +48,10 @@ class _Plan:
     def blend(self, row: int, name: str, blends: Mapping[str, Blend]) -> Blend:
         """What counts beside the cosine for a query in an index: its words everywhere alike, the memory of its expert there."""
         shares = self.shares[row]
+        wanted = {expert: blends.get(expert, Blend()) for expert in (*shares, name)}
         return Blend(
-            sum(blends[expert].lexical * share for expert, share in shares.items()),
-            blends[name].memory * shares.get(name, 0.0),
+            sum(wanted[expert].lexical * share for expert, share in shares.items()),
+            wanted[name].memory * shares.get(name, 0.0),
         )
 
 
@@ -194,7 +195,7 @@ class Retriever:
             rows = np.flatnonzero(plan.weights[:, number] > 0)
             if len(rows):
                 slope, intercept = self._calibration[name] or (1.0, 0.0)
-                blends = [plan.blend(row, name, self.blends) if self.blends else Blend() for row in rows]
+                blends = [plan.blend(row, name, self.blends) for row in rows]
                 found = index.search(plan.vectors(name, rows), [words[row] for row in rows], blends, k)
                 for row, (hits, scores) in zip(rows, found, strict=True):
                     weight = float(plan.weights[row, number])

@@ -4,15 +4,16 @@ A query is judged in its own domain's index, as it is searched where the router 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from moeret.data.lexical import Lexical, stems
-from moeret.models.memory import NEIGHBOURS, Blend, Memory, digest, remembered
+from moeret.data.lexical import Lexical, best, stems
+from moeret.models.memory import NEIGHBOURS, Blend, Memory, remembered
 from moeret.training.prepare import Prepared
-from moeret.training.routing import DevSet, own_ndcg
+from moeret.training.routing import DevSet, ndcg_of
 from moeret.training.strength import harmless
 
 LEXICAL = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
@@ -21,6 +22,9 @@ MEMORY = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Weights tried for the memory, whose values are differences of cosines."""
 MOST_QUERIES = 65_536
 """Train queries that a memory keeps at most."""
+CANDIDATES = 100
+"""Documents of a dev query by cosine and by words each; those of the memory join them."""
+_PADDING = -4.0  # below any score, and below what counts as found
 
 Vectors = Float[np.ndarray, "Q D"]
 
@@ -34,76 +38,91 @@ class Blended(NamedTuple):
     dev: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Of each dev query its candidates' rows, counted from its domain's first, and what speaks for each; padded."""
+
+    rows: Int[np.ndarray, "Q K"]
+    cosine: Float[np.ndarray, "Q K"]
+    lexical: Float[np.ndarray, "Q K"]
+    memory: Float[np.ndarray, "Q K"]
+
+    def ndcg(self, own: DevSet, blend: Blend) -> Float[np.ndarray, "Q"]:
+        """Each dev query's nDCG@10 with a blend."""
+        scores = self.cosine + np.float32(blend.lexical) * self.lexical + np.float32(blend.memory) * self.memory
+        top = np.argsort(-scores, axis=1, kind="stable")[:, :10]
+        return ndcg_of(own, np.take_along_axis(self.rows, top, axis=1), np.take_along_axis(scores, top, axis=1))
+
+
 class DevBlends:
-    """Dev queries, and what the words of their domains' documents say of them."""
+    """Chooses blends by the dev queries of prepared domains, whose words it has counted."""
 
     def __init__(self, data: Prepared):
         self._data = data
+        every = Lexical.of([document.contents for domain in data.domains for document in domain.corpus])
+        ends = np.cumsum([len(domain.corpus) for domain in data.domains])
         self._lexical = [
-            _lexical(own, [document.contents for document in domain.corpus])
-            for own, domain in zip(data.dev, data.domains, strict=True)
+            every.part(int(end) - len(own.corpus), int(end)) for own, end in zip(data.domains, ends, strict=True)
         ]
+        self._words = [stems([*own.judged.queries.values()]) for own in data.dev]
 
     def of_expert(self, number: int, queries: Vectors, encode: Callable[[Sequence[str]], Vectors]) -> Blended:
         """The blend with the best dev nDCG@10 of a domain's expert, of which neither seen nor unseen queries suffer.
 
         `queries` are its dev queries' unit vectors by the expert, which `encode` embeds its train queries with.
         """
-        own, lexical = self._data.dev[number], self._lexical[number]
-        memory = _memory(self._data, number, encode)
-        cosine, recalled = queries @ self._data.pool[own.documents].T, self._recall(number, queries, memory)
-        best = before = own_ndcg(own, cosine)
+        own, memory = self._data.dev[number], self._memory(number, encode)
+        candidates = self._candidates(number, queries, memory)
+        before = highest = candidates.ndcg(own, Blend())
         blend = Blend()
-        for tried in (Blend(words, remember) for words in LEXICAL for remember in MEMORY):
-            values = own_ndcg(own, cosine + np.float32(tried.lexical) * lexical + np.float32(tried.memory) * recalled)
-            if values.mean() > best.mean() and harmless(values, before, own.seen):
-                best, blend = values, tried
-        return Blended(blend, memory if blend.memory else None, float(before.mean()), float(best.mean()))
+        for tried in (Blend(lexical, remember) for lexical in LEXICAL for remember in MEMORY):
+            values = candidates.ndcg(own, tried)
+            if values.mean() > highest.mean() and harmless(values, before, own.seen):
+                highest, blend = values, tried
+        return Blended(blend, memory if blend.memory else None, float(before.mean()), float(highest.mean()))
 
     def of_one(self, queries: Sequence[Vectors]) -> Blend:
         """How much words count for a model that serves all domains (and remembers none): the best mean over them."""
+        candidates = [self._candidates(number, vectors) for number, vectors in enumerate(queries)]
 
-        def mean(weight: float) -> float:
+        def mean(blend: Blend) -> float:
             return float(
-                np.mean(
-                    [
-                        own_ndcg(own, vectors @ self._data.pool[own.documents].T + np.float32(weight) * lexical).mean()
-                        for own, vectors, lexical in zip(self._data.dev, queries, self._lexical, strict=True)
-                    ]
-                )
+                np.mean([each.ndcg(own, blend).mean() for own, each in zip(self._data.dev, candidates, strict=True)])
             )
 
-        return Blend(max(LEXICAL, key=mean))
+        return max(map(Blend, LEXICAL), key=mean)
 
-    def _recall(self, number: int, queries: Vectors, memory: Memory) -> Float[np.ndarray, "Q N"]:
-        """What a domain's memory says of each of its documents for each dev query."""
-        place = {digest(document.contents): row for row, document in enumerate(self._data.domains[number].corpus)}
-        rows = np.array([place[bytes(own)] for own in memory.documents])
-        scores = queries @ memory.queries.astype(np.float32).T
-        nearest = np.argsort(-scores, axis=1, kind="stable")[:, :NEIGHBOURS]
-        out = np.zeros((len(queries), len(self._data.dev[number].documents)), np.float32)
-        for query, found in enumerate(nearest):
-            answers, values = remembered(found, scores[query, found], memory.offsets, rows)
-            out[query, answers] = values
-        return out
+    def _memory(self, number: int, encode: Callable[[Sequence[str]], Vectors]) -> Memory:
+        """A domain's train queries, or as many of them as a memory keeps."""
+        domain, first = self._data.domains[number], int(self._data.dev[number].documents[0])
+        queries = [*domain.splits["train"].queries.values()]
+        kept = np.sort(np.random.default_rng(0).permutation(len(queries))[:MOST_QUERIES])
+        answers = [self._data.sets[number].positives[row] - first for row in kept]
+        contents = [[domain.corpus[row].contents for row in own] for own in answers]
+        return Memory.of(encode([queries[row] for row in kept]), contents)
 
-
-def _lexical(own: DevSet, contents: Sequence[str]) -> Float[np.ndarray, "Q N"]:
-    """BM25 of a domain's documents for its dev queries."""
-    words = Lexical.of(contents)
-    return np.stack([words.scores(query) for query in stems([*own.judged.queries.values()])])
-
-
-def _memory(data: Prepared, number: int, encode: Callable[[Sequence[str]], Vectors]) -> Memory:
-    """A domain's train queries, or as many of them as a memory keeps."""
-    split, corpus = data.domains[number].splits["train"], data.domains[number].corpus
-    queries = [*split.queries.values()]
-    kept = np.sort(np.random.default_rng(0).permutation(len(queries))[:MOST_QUERIES])
-    first = int(data.dev[number].documents[0])
-    answers = [data.sets[number].positives[row] - first for row in kept]
-    contents = [digest(corpus[row].contents) for own in answers for row in own]
-    return Memory(
-        encode([queries[row] for row in kept]).astype(np.float16),
-        np.cumsum([0, *map(len, answers)]),
-        np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 16),
-    )
+    def _candidates(self, number: int, queries: Vectors, memory: Memory | None = None) -> _Candidates:
+        """What each of a domain's dev queries finds in its own index by vector, by words, and in a memory."""
+        documents = self._data.pool[self._data.dev[number].documents]
+        if memory is not None:
+            offsets, rows = memory.answers([document.contents for document in self._data.domains[number].corpus])
+            known = memory.queries.astype(np.float32)
+        found = []
+        for vector, words in zip(queries, self._words[number], strict=True):
+            cosine, lexical = documents @ vector, self._lexical[number].scores(words)
+            recalled = np.zeros_like(cosine)
+            if memory is not None:
+                near = known @ vector
+                nearest = np.argsort(-near, kind="stable")[:NEIGHBOURS]
+                answers, values = remembered(nearest, near[nearest], offsets, rows)
+                recalled[answers] = values
+            close = np.argpartition(-cosine, min(CANDIDATES, len(cosine)) - 1)[:CANDIDATES]
+            own = np.unique(np.concatenate([close, best(lexical, CANDIDATES), np.flatnonzero(recalled)]))
+            found.append((own, cosine[own], lexical[own], recalled[own]))
+        width = max(len(own) for own, *_ in found)
+        return _Candidates(
+            *(
+                np.stack([np.pad(own, (0, width - len(own)), constant_values=filler) for own in column])
+                for column, filler in zip(zip(*found, strict=True), (-1, _PADDING, 0.0, 0.0), strict=True)
+            )
+        )

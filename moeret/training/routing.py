@@ -200,28 +200,18 @@ def dev_ndcg(
     at_once: int = 256,
 ) -> Float[np.ndarray, "Q"]:
     """nDCG@10 of exact search for each dev query; with `owner` and `used` only in the indexes of the used experts."""
-    found: list[np.ndarray] = []
+    found = []
     for start in range(0, len(vectors), at_once):
         scores = vectors[start : start + at_once] @ pool.T
         if owner is not None:
             scores[~used[start : start + at_once][:, owner]] = _UNSEARCHED
-        found.append(_best(scores))
+        top = np.argpartition(-scores, min(10, scores.shape[1] - 1), axis=1)[:, :10]
+        found.append((top, np.take_along_axis(scores, top, axis=1)))
     top, scores = (np.concatenate(part) for part in zip(*found, strict=True))
-    return _ndcg_of(dev, top - int(dev.documents[0]), scores)
+    return ndcg_of(dev, top - int(dev.documents[0]), scores)
 
 
-def own_ndcg(dev: DevSet, scores: Float[np.ndarray, "Q N"]) -> Float[np.ndarray, "Q"]:
-    """nDCG@10 of each dev query where only its own domain's documents are searched, which have these scores."""
-    return _ndcg_of(dev, *_best(scores))
-
-
-def _best(scores: Float[np.ndarray, "Q N"]) -> tuple[Int[np.ndarray, "Q K"], Float[np.ndarray, "Q K"]]:
-    """The columns of the ten best scores of each row, in no order, and these scores."""
-    top = np.argpartition(-scores, min(10, scores.shape[1] - 1), axis=1)[:, :10]
-    return top, np.take_along_axis(scores, top, axis=1)
-
-
-def _ndcg_of(dev: DevSet, top: Int[np.ndarray, "Q K"], scores: Float[np.ndarray, "Q K"]) -> Float[np.ndarray, "Q"]:
+def ndcg_of(dev: DevSet, top: Int[np.ndarray, "Q K"], scores: Float[np.ndarray, "Q K"]) -> Float[np.ndarray, "Q"]:
     """nDCG@10 of each dev query from its best documents, counted from the first of its domain, and their scores."""
     run = {
         query: {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from moeret.data.lexical import Lexical, stems
+from moeret.data.lexical import Lexical, best, stems
 
 WORDS = ["apple", "apples", "pie", "the", "of", "iron", "Zürich", "naïve", "42", "x", "c++", "running", "ran", ""]
 TEXTS = st.lists(st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join), min_size=1, max_size=8)
@@ -40,6 +40,24 @@ def test_a_file_keeps_all_of_it(tmp_path_factory, texts):
     read = Lexical(load_file(file))
     for words in stems([*texts, *WORDS]):
         np.testing.assert_array_equal(read.scores(words), made.scores(words))
+
+
+@given(TEXTS, st.data())
+@settings(deadline=None, max_examples=30)
+def test_a_part_scores_its_documents_as_the_whole_does(texts, data):
+    start = data.draw(st.integers(0, len(texts)))
+    end = data.draw(st.integers(start, len(texts)))
+    whole = Lexical.of(texts)
+    part = whole.part(start, end)
+    for words in stems([*texts, *WORDS]):
+        np.testing.assert_array_equal(part.scores(words), whole.scores(words)[start:end])
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0])), st.integers(1, 5))
+def test_the_best_are_the_highest_above_zero(values, count):
+    scores = np.array(values, np.float32)
+    found = scores[best(scores, count)]
+    assert sorted(found.tolist(), reverse=True) == sorted((v for v in values if v > 0), reverse=True)[:count]
 
 
 def test_every_process_counts_alike():

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeret.models.memory import Blend, digest, remembered
+from moeret.models.memory import Memory, digest, remembered
 
 
 @given(
@@ -29,6 +29,18 @@ def test_no_queries_remember_nothing():
     assert len(rows) == len(values) == 0
 
 
-def test_a_document_is_known_by_its_contents():
+@given(
+    st.lists(st.lists(st.sampled_from("abcd"), max_size=3), min_size=1, max_size=5), st.lists(st.sampled_from("abxy"))
+)
+def test_answers_are_every_copy_of_what_a_query_was_answered_with(answers, contents):
+    memory = Memory.of(np.zeros((len(answers), 2), np.float32), answers)
+    offsets, places = memory.answers(contents)
+    assert len(offsets) == len(answers) + 1 and offsets[-1] == len(places)
+    for query, own in enumerate(answers):
+        found = places[offsets[query] : offsets[query + 1]].tolist()
+        assert found == [place for place, text in enumerate(contents) if text in own]
+
+
+def test_a_document_is_known_by_all_that_is_embedded_of_it():
     assert digest("a b") == digest("a b") != digest("a  b")
-    assert len(digest("")) == 16 and not any(Blend())
+    assert len(digest("")) == 16

@@ -9,7 +9,7 @@ from moeret.config import IndexConfig
 from moeret.data.lexical import Lexical, stems
 from moeret.models.memory import NEIGHBOURS, Blend, Memory, digest
 from moeret.retrieval import expert_index
-from moeret.retrieval.expert_index import ExpertIndex, build_recall
+from moeret.retrieval.expert_index import ExpertIndex, build_memory
 from moeret.retrieval.hnsw import build_segment
 from moeret.types import Document
 
@@ -28,17 +28,12 @@ def make(seed, documents=60, queries=50, **config):
     vectors = unit(random, documents)
     vectors[1] = vectors[0]
     answers = [random.choice(documents, random.integers(1, 4), replace=False) for _ in range(queries)]
-    held = b"".join(digest(corpus[row].contents) for own in answers for row in own)
-    memory = Memory(
-        unit(random, queries).astype(np.float16),
-        np.cumsum([0, *map(len, answers)]),
-        np.frombuffer(held, np.uint8).reshape(-1, 16),
-    )
+    memory = Memory.of(unit(random, queries), [[corpus[row].contents for row in own] for own in answers])
     settings = IndexConfig(**config)
     segment = build_segment(vectors, np.arange(FIRST, FIRST + documents), settings)
     lexical = Lexical.of([document.contents for document in corpus])
     return (
-        ExpertIndex(FIRST, segment, lexical, build_recall(memory, corpus, FIRST, settings)),
+        ExpertIndex(FIRST, segment, lexical, build_memory(memory, corpus, FIRST, settings)),
         corpus,
         vectors,
         memory,
@@ -66,6 +61,7 @@ def by_hand(corpus, vectors, memory, vector, words, blend):
 )
 @settings(deadline=None, max_examples=40)
 def test_hits_are_the_best_by_the_whole_score(seed, lexical, memory, k, exact_below):
+    """With so few documents that all are candidates."""
     index, corpus, vectors, kept = make(seed, exact_below=exact_below)
     blend, words = Blend(lexical, memory), stems(["gold of the rhine", "of the", "unheard"])
     queries = unit(np.random.default_rng(seed + 1), 3)
@@ -76,15 +72,18 @@ def test_hits_are_the_best_by_the_whole_score(seed, lexical, memory, k, exact_be
         np.testing.assert_allclose(scores, np.sort(every)[::-1][:k], atol=1e-5)
 
 
-def test_a_query_without_a_blend_is_searched_by_its_vector_beside_others_that_have_one():
-    index, *_ = make(0)
-    queries, words = unit(np.random.default_rng(1), 3), stems(["gold", "iron", "fig"])
-    blends = [Blend(), Blend(0.1, 0.5), Blend()]
-    mixed, plain = index.search(queries, words, blends, 5), index.segment.search(queries, 5)
-    for row in (0, 2):
-        for one, other in zip(mixed[row], plain[row], strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-6)
-    assert mixed[1][0].tolist() != plain[1][0].tolist()
+def test_no_query_is_searched_otherwise_because_of_its_neighbours_in_a_batch():
+    """A graph that few links and a short list make miss much: more candidates for one query must not help another."""
+    index, *_ = make(0, documents=400, exact_below=0, ef=2, M=2, ef_construction=4)
+    queries, words = unit(np.random.default_rng(1), 30), stems(["gold"] * 30)
+    blends = [Blend(0.1, 0.5) if row % 3 == 0 else Blend() for row in range(30)]
+    together = index.search(queries, words, blends, 2)
+    for row in range(30):
+        [alone] = index.search(queries[[row]], words[row : row + 1], blends[row : row + 1], 2)
+        np.testing.assert_array_equal(together[row][0], alone[0])
+        np.testing.assert_allclose(together[row][1], alone[1], atol=1e-6)
+        if row % 3:
+            np.testing.assert_array_equal(alone[0], index.segment.search(queries[[row]], 2)[0][0])
 
 
 def test_a_document_that_only_its_words_or_only_its_memory_find_is_found(monkeypatch):
@@ -103,15 +102,26 @@ def test_a_document_that_only_its_words_or_only_its_memory_find_is_found(monkeyp
 
 def test_a_memory_forgets_documents_that_changed_and_knows_each_copy():
     _, corpus, _, memory = make(5)
-    kept = [
-        *corpus[:30],
-        *(Document(own.id, own.text + " new") for own in corpus[30:]),
-        Document("copy", corpus[0].text),
-    ]
-    recall = build_recall(memory, kept, FIRST, IndexConfig())
+    answered = {own.tobytes() for own in memory.documents}
+    one = next(own for own in corpus[:30] if digest(own.contents) in answered)
+    kept = [*corpus[:30], *(Document(own.id, own.text + " new") for own in corpus[30:]), Document("copy", one.text)]
+    built = build_memory(memory, kept, FIRST, IndexConfig())
     known = {digest(own.contents) for own in corpus[:30]}
-    answered = {bytes(own) for own in memory.documents} & known
-    assert {digest(kept[row - FIRST].contents) for row in recall.rows} == answered
-    if digest(corpus[0].contents) in answered:
-        assert FIRST + len(kept) - 1 in recall.rows and FIRST in recall.rows
-    assert build_recall(memory, [Document("other", "none of these")], 0, IndexConfig()) is None
+    assert {digest(kept[row - FIRST].contents) for row in built.rows} == answered & known
+    assert {FIRST + kept.index(one), FIRST + len(kept) - 1} <= set(built.rows.tolist())
+    assert build_memory(memory, [Document("other", "none of these")], 0, IndexConfig()) is None
+
+
+def test_what_a_memory_says_of_a_document_does_not_depend_on_the_others():
+    index, corpus, vectors, memory = make(8, queries=200)
+    few = corpus[:6]
+    part = ExpertIndex(
+        FIRST,
+        build_segment(vectors[:6], np.arange(FIRST, FIRST + 6), IndexConfig()),
+        memory=build_memory(memory, few, FIRST, IndexConfig()),
+    )
+    queries, none, blends = unit(np.random.default_rng(9), 5), [[]] * 5, [Blend(0.0, 1.0)] * 5
+    whole = index.search(queries, none, blends, len(corpus))
+    for (rows, scores), (all_rows, all_scores) in zip(part.search(queries, none, blends, 6), whole, strict=True):
+        said = dict(zip(all_rows.tolist(), all_scores.tolist(), strict=True))
+        np.testing.assert_allclose(scores, [said[row] for row in rows.tolist()], atol=1e-5)
