@@ -3,7 +3,7 @@
 Command:  python -m experiments.pooled_domains --data DATA [--out runs/pooled_domains] [--seeds 3] [--quick]
           DATA holds the BEIR folders named below. --quick takes three domains, short trainings and one seed, and writes
           nothing into BENCHMARKS.md. Needs `pip install .[experiments]` (matplotlib).
-Time:     about 90 minutes a seed with one rival on 2 cores with bfloat16 products. Cut off, the same command goes on.
+Time:     about two hours a seed with one rival on 2 cores with bfloat16 products. Cut off, the same command goes on.
 Expected: these are the aims; BENCHMARKS.md says which hold. Over the ten domains routed gains at least 12 points of nDCG@10 on the
           base and 1 on one multi-task delta of the same size and number of steps, loses at most 0.7 to the known-domain
           oracle, and loses at most 0.3 on any domain and 0.5 on foreign corpora to the base. Writes its section into

@@ -30,7 +30,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One ranked document: `rank` counts from 1, `expert` is the one whose index held it."""
+    """One ranked document: `rank` counts from 1, `expert` is the one whose index held it.
+
+    `score` is the cosine and what words and memory add to it; after fusion by rank or chance, the fused score.
+    """
 
     id: str
     score: float

@@ -141,7 +141,7 @@ class Retriever:
             without a domain that promise as much as the chosen ones, and with fusion by score it searches again with the
             base's vector where the best hit is a document that no expert owns. `all` uses the router's experts but searches
             every index; `base` searches every index as the base would, `shared` with the shared delta alone; an expert's name
-            searches its index with it.
+            searches its index with it. Words and memory count as `blends` says of what is used.
           experts: at most this many experts are merged per query (auto and all); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
             default there); `calibrated` (the default elsewhere) or `rrf`.
