@@ -136,7 +136,7 @@ class Retriever:
 
         Args:
           queries: non-empty strings.
-          k: how many hits, at least 1.
+          k: how many hits, at least 1. Beyond 100 more candidates get a whole score, which may change the first hits too.
           route: `auto` lets the router choose; with documents in the base's space it also searches the indexes with documents
             without a domain that promise as much as the chosen ones, and with fusion by score it searches again with the
             base's vector where the best hit is a document that no expert owns. `all` uses the router's experts but searches
