@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float16, Int, UInt8
 
+CANDIDATES = 100
+"""Documents by vector and by words each, at least, that get their whole score; those that a memory names join them."""
 NEIGHBOURS = 31
 """Nearest train queries that a query is compared with; the last of them says what is near for it."""
 

@@ -15,12 +15,9 @@ from safetensors.numpy import load_file, save_file
 from moeret.artifact import Artifact, Draft
 from moeret.config import IndexConfig
 from moeret.data.lexical import Lexical, best
-from moeret.models.memory import NEIGHBOURS, Blend, Memory, remembered
+from moeret.models.memory import CANDIDATES, NEIGHBOURS, Blend, Memory, remembered
 from moeret.retrieval.hnsw import Segment, build_segment, read_segment, write_segment
 from moeret.types import Document
-
-CANDIDATES = 100
-"""By vectors and by words each, at least, before they are ranked by what all say."""
 
 Found = tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K"]]
 """Rows and scores, best first."""

@@ -28,7 +28,7 @@ from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 MARGIN, WIDER = 0.3, 3
 """How much less than the best of the chosen ones an index may promise and is searched too, in spreads of the sketches, if it
 holds documents that came without a domain; where none is chosen any may, and so many times that. A wider margin finds more
-such documents and costs more (experiments.leave_one_out)."""
+such documents and costs more (experiments.pooled_domains)."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 

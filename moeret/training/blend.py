@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moeret.data.lexical import Lexical, best, stems
-from moeret.models.memory import NEIGHBOURS, Blend, Memory, remembered
+from moeret.models.memory import CANDIDATES, NEIGHBOURS, Blend, Memory, remembered
 from moeret.training.prepare import Prepared
 from moeret.training.routing import DevSet, ndcg_of
 from moeret.training.strength import harmless
@@ -22,8 +22,6 @@ MEMORY = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Weights tried for the memory, whose values are differences of cosines."""
 MOST_QUERIES = 65_536
 """Train queries that a memory keeps at most."""
-CANDIDATES = 100
-"""Documents of a dev query by cosine and by words each; those of the memory join them."""
 _PADDING = -4.0  # below any score, and below what counts as found
 
 Vectors = Float[np.ndarray, "Q D"]
