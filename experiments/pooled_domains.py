@@ -27,7 +27,7 @@ import tyro
 import moeret
 from experiments.blended_rival import blended_system
 from experiments.pilots import pilot_system
-from experiments.pooled_report import write_report
+from experiments.pooled_report import draw, report, summary
 from moeret.config import TrainConfig
 from moeret.data.beir import sample, seen_queries
 from moeret.evaluation.baselines import System, bm25_system, exact_system, fused_system
@@ -38,6 +38,7 @@ from moeret.progress import progress_bar
 from moeret.retrieval.search import Rankings
 from moeret.training.prepare import read_domains
 from moeret.types import SHARED_EXPERT
+from scripts.benchmarks import FILE, write_block, write_section
 
 TRAINED = (
     "scifact", "nfcorpus", "medquad", "obliqa", "fin10k", "attack-cti", "esco-jobs", "nl2bash", "conala", "checkthat20",
@@ -96,7 +97,12 @@ def main() -> None:
             first=seed == 0,
         )
         scores.append(found)
-    write_report(scores, names, foreign, dataclasses.asdict(ours), out=None if arguments.quick else out)
+    body = report(scores, names, foreign, dataclasses.asdict(ours))
+    print(body)
+    if not arguments.quick:
+        write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
+        write_block(FILE.with_name("README.md"), "results", summary(scores, names))
+        draw(FILE.parent / "docs" / "pooled-domains.svg", scores, names)
 
 
 def named_apart(name: str, source: Path, out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The table, the checks and the picture of experiments.pooled_domains, out of the scores of its seeds."""
+"""The tables, the checks and the picture of experiments.pooled_domains, out of the scores of its seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from moeret.evaluation.significance import paired_randomisation
 from moeret.metrics import NDCG, RECALL
-from scripts.benchmarks import FILE, markdown_table, write_block, write_section
+from scripts.benchmarks import markdown_table
 
 ORDER = (
     "BM25", "base", "base + BM25", "RouterRetriever's pilots", "shared delta alone", "multi-task", "multi-task, blended",
@@ -16,24 +16,16 @@ ORDER = (
 )  # fmt: skip
 LEAST_QUERIES = 10
 """Seen or unseen queries of a domain that there must be for their mean to be counted."""
-PICTURE = FILE.parent / "docs" / "pooled-domains.svg"
 
 Values = dict[str, np.ndarray]
 """Domain -> each query's value, the mean over the seeds."""
 
 
-def write_report(
-    scores: Sequence[dict[str, Any]],
-    names: Sequence[str],
-    foreign: Sequence[str],
-    config: Mapping[str, Any],
-    *,
-    out: Path | None,
-) -> None:
-    """Prints the section, and where `out` is given writes it, the README's table and the picture."""
-    table = {label: _values(scores, label, NDCG) for label in ORDER if label in scores[0]["systems"]}
-    recall = {label: _values(scores, label, RECALL) for label in table}
-    seen = {name: np.array(own) for name, own in scores[0]["seen"].items()}
+def report(
+    scores: Sequence[dict[str, Any]], names: Sequence[str], foreign: Sequence[str], config: Mapping[str, Any]
+) -> str:
+    """What was compared with what, the table, the spread over the seeds, the checks, and quality against cost."""
+    table, recall, seen = _table(scores, NDCG), _table(scores, RECALL), _seen(scores)
     most = max(len(own) for own in seen.values())
     parts = [
         _setup(scores, names, foreign, config),
@@ -44,13 +36,15 @@ def write_report(
         _checks(scores, table, names, foreign, seen),
         _curve(scores, names),
     ]
-    body = "\n\n".join(parts)
-    print(body)
-    if out is None:
-        return
-    write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
-    write_block(FILE.with_name("README.md"), "results", _summary(scores, table, recall, names, seen))
-    draw(PICTURE, scores, table, names, seen)
+    return "\n\n".join(parts)
+
+
+def _table(scores: Sequence[dict[str, Any]], measure: str) -> dict[str, Values]:
+    return {label: _values(scores, label, measure) for label in ORDER if label in scores[0]["systems"]}
+
+
+def _seen(scores: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.array(own) for name, own in scores[0]["seen"].items()}
 
 
 def _seeds(scores: Sequence[Any]) -> str:
@@ -213,7 +207,9 @@ def _curve(scores, names) -> str:
     )
 
 
-def _summary(scores, table, recall, names, seen) -> str:
+def summary(scores: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """The README's table."""
+    table, recall, seen = _table(scores, NDCG), _table(scores, RECALL), _seen(scores)
     labels = [
         label
         for label in (
@@ -244,7 +240,7 @@ def _summary(scores, table, recall, names, seen) -> str:
     )
 
 
-def draw(file: Path, scores: Sequence[dict[str, Any]], table: Mapping[str, Values], names: Sequence[str], seen) -> None:
+def draw(file: Path, scores: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     """Systems as bars, with the unseen queries' mean as a mark; and the routed system's quality against its cost."""
     import matplotlib as mpl
 
@@ -252,8 +248,9 @@ def draw(file: Path, scores: Sequence[dict[str, Any]], table: Mapping[str, Value
     mpl.rcParams.update({"svg.hashsalt": "moeret", "font.size": 11})
     import matplotlib.pyplot as plt
 
-    unseen = {name: ~mask for name, mask in seen.items()}
-    labels = [label for label in ORDER if label in table]
+    table = _table(scores, NDCG)
+    unseen = {name: ~mask for name, mask in _seen(scores).items()}
+    labels = list(table)
     figure, (bars, cost) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
     values = [100 * mean_over(table[label], names) for label in labels]
     colours = ["#c98a1b" if label == "routed" else "#d5d5d5" if "oracle" in label else "#8fb0d3" for label in labels]
