@@ -8,12 +8,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moeret import artifact
 from moeret.data.buckets import Batch, length_batches, pad, standard_edges
-from moeret.models.encoder import cast_kernels, mean_token
+from moeret.models.encoder import EncoderConfig, cast_kernels, mean_token, with_params
 from moeret.models.experts import Bank, Mixture, Shared, gather, trunk_layers
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
@@ -23,17 +22,17 @@ _CHUNK = 2048
 """Texts tokenised, embedded and cached at a time."""
 
 
-@jax.jit(static_argnames=("graph", "layers"))
+@jax.jit(static_argnames=("encoder", "layers"))
 def _trunk(
-    graph, layers: int, params, ids: Int[Array, "B L"], lengths: Int[Array, "B"]
+    encoder: EncoderConfig, layers: int, params, ids: Int[Array, "B L"], lengths: Int[Array, "B"]
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D"]]:
-    x = nnx.merge(graph, params).trunk(ids, lengths, layers)
+    x = with_params(encoder, params).trunk(ids, lengths, layers)
     return x, mean_token(x, lengths)
 
 
-@jax.jit(static_argnames=("graph", "layers"))
+@jax.jit(static_argnames=("encoder", "layers"))
 def _branch(
-    graph,
+    encoder: EncoderConfig,
     layers: int,
     params,
     bank: Bank,
@@ -42,14 +41,14 @@ def _branch(
     lengths: Int[Array, "B"],
     mixture: Mixture,
 ) -> Float[Array, "B D"]:
-    return nnx.merge(graph, params).branch(x, lengths, layers, gather(bank, shared, mixture))
+    return with_params(encoder, params).branch(x, lengths, layers, gather(bank, shared, mixture))
 
 
-@jax.jit(static_argnames=("graph", "layers"))
+@jax.jit(static_argnames=("encoder", "layers"))
 def _plain_branch(
-    graph, layers: int, params, x: Float[Array, "B L D"], lengths: Int[Array, "B"]
+    encoder: EncoderConfig, layers: int, params, x: Float[Array, "B L D"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B D"]:
-    return nnx.merge(graph, params).branch(x, lengths, layers, {})
+    return with_params(encoder, params).branch(x, lengths, layers, {})
 
 
 class Embedder:
@@ -159,10 +158,10 @@ class Embedder:
 
     def _run_trunk(self, ids, batch: Batch) -> tuple[Array, Array, Array]:
         padded, lengths = jax.device_put(pad(ids, batch))
-        return *_trunk(self.base_encoder.graph, self.trunk_layers, self._params, padded, lengths), lengths
+        return *_trunk(self.base_encoder.config, self.trunk_layers, self._params, padded, lengths), lengths
 
     def _run_base(self, x: Array, lengths: Array) -> np.ndarray:
-        return np.asarray(_plain_branch(self.base_encoder.graph, self.trunk_layers, self._params, x, lengths))
+        return np.asarray(_plain_branch(self.base_encoder.config, self.trunk_layers, self._params, x, lengths))
 
     def _run_branch(self, x: Array, lengths: Array, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
         if not weights.any():
@@ -177,7 +176,7 @@ class Embedder:
         mixture = jax.device_put(Mixture(np.pad(used, (0, width - len(used))).astype(np.int32), own, shared))
         return np.asarray(
             _branch(
-                self.base_encoder.graph, self.trunk_layers, self._params, self.bank, self._shared, x, lengths, mixture
+                self.base_encoder.config, self.trunk_layers, self._params, self.bank, self._shared, x, lengths, mixture
             )
         )
 

@@ -196,6 +196,17 @@ class Encoder(nnx.Module):
         return unit(pooled) if self.config.normalize else pooled
 
 
+@functools.cache
+def skeleton(config: EncoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """An encoder's graph and the shapes of its parameters, without arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def with_params(config: EncoderConfig, params: nnx.State) -> Encoder:
+    """The encoder with these parameters, inside a jitted function too: a config hashes fast, a graph does not."""
+    return nnx.merge(skeleton(config)[0], params)
+
+
 def _attention_bias(lengths: Int[Array, "B"], length: int) -> Float[Array, "B 1 1 L"]:
     kept = jnp.arange(length)[None] < lengths[:, None]
     return jnp.where(kept, 0.0, _MASKED).astype(jnp.float32)[:, None, None, :]

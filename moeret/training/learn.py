@@ -60,7 +60,7 @@ def learn_shared(
     shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
     bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
     tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)
-    batches = Batches(base.graph, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
+    batches = Batches(base.config, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
     work.mkdir(parents=True, exist_ok=True)
 
     def look(bank: experts.Bank, _: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ def learn(
     bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
     tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
     layers = experts.trunk_layers(bank, base.config)
-    batches = Batches(base.graph, layers, base.params, data.pool, tower.document_ids, data.sets, config, data_mesh())
+    batches = Batches(base.config, layers, base.params, data.pool, tower.document_ids, data.sets, config, data_mesh())
 
     def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
         return by_group(tower.values(bank, active), tower.seen)

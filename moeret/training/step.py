@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moeret.config import TrainConfig
-from moeret.models.encoder import unit
+from moeret.models.encoder import EncoderConfig, unit, with_params
 from moeret.models.experts import Bank
 from moeret.training.losses import Pool, decoupled_softmax, pooled_decoupled_softmax
 
@@ -83,22 +82,23 @@ def learning_rates(config: TrainConfig, limits: Int[np.ndarray, "E"], step: int)
     return (config.learning_rate * np.where(step < limits, share, 0)).astype(np.float32)
 
 
+@jax.jit
 def zero_totals(bank: Bank) -> Totals:
     """Nothing added up yet."""
     experts = jax.tree.leaves(bank)[0].shape[0]
     return Totals(jax.tree.map(jnp.zeros_like, bank), jnp.zeros(experts, jnp.float32))
 
 
-def _embed(graph, layers: int, params, expert: Bank, texts: TextBatch) -> Float[Array, "B D"]:
+def _embed(encoder: EncoderConfig, layers: int, params, expert: Bank, texts: TextBatch) -> Float[Array, "B D"]:
     """Unit embeddings by one expert; no gradient flows into the trunk, which no expert changes."""
-    encoder = nnx.merge(graph, params)
-    hidden = jax.lax.stop_gradient(encoder.trunk(texts.ids, texts.lengths, layers))
-    return unit(encoder.branch(hidden, texts.lengths, layers, expert))
+    module = with_params(encoder, params)
+    hidden = jax.lax.stop_gradient(module.trunk(texts.ids, texts.lengths, layers))
+    return unit(module.branch(hidden, texts.lengths, layers, expert))
 
 
-@jax.jit(static_argnames=("graph", "layers", "temperature"), donate_argnames=("totals",))
+@jax.jit(static_argnames=("encoder", "layers", "temperature"), donate_argnames=("totals",))
 def add_batch(
-    graph,
+    encoder: EncoderConfig,
     layers: int,
     temperature: float,
     frozen: Frozen,
@@ -110,11 +110,11 @@ def add_batch(
     """Adds a batch's gradients and loss, all of one expert, to the totals."""
 
     def loss(own: Bank) -> Float[Array, ""]:
-        queries = _embed(graph, layers, frozen.params, own, batch.queries)
+        queries = _embed(encoder, layers, frozen.params, own, batch.queries)
         if isinstance(batch, QueryBatch):
             rows = pooled_decoupled_softmax(queries, frozen.pool, batch.positives, temperature)
         else:
-            documents = _embed(graph, layers, frozen.params, own, batch.documents)
+            documents = _embed(encoder, layers, frozen.params, own, batch.documents)
             rows = decoupled_softmax(queries @ documents.T / temperature, batch.positives)
         return (rows * batch.weights).sum()
 

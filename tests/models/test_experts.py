@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from moeret.config import MATRICES, ExpertConfig
 from moeret.models import experts
 from moeret.models.embed import Embedder, _branch
+from moeret.models.encoder import with_params
 from moeret.models.experts import Mixture
 from moeret.models.pretrained import load_base
 
@@ -38,7 +38,7 @@ def batch(base, bank):
     ids = jnp.asarray(random.integers(5, base.config.vocabulary, (5, 8)), jnp.int32)
     lengths = jnp.array([8, 3, 5, 1, 7], jnp.int32)
     layers = experts.trunk_layers(bank, base.config)
-    return nnx.merge(base.graph, base.params).trunk(ids, lengths, layers), lengths, layers
+    return with_params(base.config, base.params).trunk(ids, lengths, layers), lengths, layers
 
 
 def run(base, bank, batch, chosen, weights) -> np.ndarray:
@@ -47,7 +47,7 @@ def run(base, bank, batch, chosen, weights) -> np.ndarray:
     dense = np.zeros((len(chosen), COUNT + 1), np.float32)
     np.add.at(dense, (np.arange(len(chosen))[:, None], np.asarray(chosen)), weights)
     mixture = Mixture(jnp.arange(COUNT + 1), jnp.asarray(dense), jnp.zeros(len(chosen), jnp.float32))
-    return np.asarray(_branch(base.graph, layers, base.params, experts.with_base(bank), None, x, lengths, mixture))
+    return np.asarray(_branch(base.config, layers, base.params, experts.with_base(bank), None, x, lengths, mixture))
 
 
 def test_a_mixed_batch_is_its_rows_encoded_expert_by_expert(base, bank, batch):
@@ -62,7 +62,7 @@ def test_a_mixed_batch_is_its_rows_encoded_expert_by_expert(base, bank, batch):
 def test_a_merged_row_is_the_base_with_the_weighted_deltas_added_to_its_kernels(base, bank, batch):
     chosen, weights = [[1, 3]] * 5, [[0.7, 0.4]] * 5
     x, lengths, layers = batch
-    encoder = nnx.merge(base.graph, jax.tree.map(jnp.array, base.params))  # copies, to be changed
+    encoder = with_params(base.config, jax.tree.map(jnp.array, base.params))  # copies, to be changed
     for name, matrices in bank.items():
         layer = encoder.layers[int(name.removeprefix("layer_"))]
         for matrix, factors in matrices.items():
@@ -75,7 +75,7 @@ def test_a_merged_row_is_the_base_with_the_weighted_deltas_added_to_its_kernels(
 
 def test_the_zero_expert_and_zero_weights_are_the_base(base, bank, batch):
     x, lengths, layers = batch
-    plain = nnx.merge(base.graph, base.params).branch(x, lengths, layers, {})
+    plain = with_params(base.config, base.params).branch(x, lengths, layers, {})
     np.testing.assert_allclose(run(base, bank, batch, [[0]] * 5, [[1.0]] * 5), plain, atol=1e-6)
     np.testing.assert_allclose(run(base, bank, batch, [[1, 2]] * 5, [[0.0, 0.0]] * 5), plain, atol=1e-6)
 
@@ -83,7 +83,7 @@ def test_the_zero_expert_and_zero_weights_are_the_base(base, bank, batch):
 def test_a_new_bank_starts_as_the_base(base, batch):
     fresh = experts.init_bank(base.config, SHAPE, [jax.random.key(5)])
     x, lengths, layers = batch
-    plain = nnx.merge(base.graph, base.params).branch(x, lengths, layers, {})
+    plain = with_params(base.config, base.params).branch(x, lengths, layers, {})
     np.testing.assert_allclose(run(base, fresh, batch, [[1]] * 5, [[1.0]] * 5), plain, atol=1e-6)
     assert all(np.any(leaf != 0) for name, leaf in experts.flatten(fresh).items() if name.endswith(".a"))
 

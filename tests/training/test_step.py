@@ -37,7 +37,7 @@ def run_steps(prepared, config, names, devices, steps=3):
     mesh = data_mesh(jax.devices()[:devices])
     ids = BothTowers(data, embedder).document_ids if config.tower == "both" else None
     layers = experts.trunk_layers(bank, base.config)
-    batches = Batches(base.graph, layers, base.params, data.pool, ids, sets, config, mesh)
+    batches = Batches(base.config, layers, base.params, data.pool, ids, sets, config, mesh)
     optimizer = make_optimizer(config)
     state = replicate(mesh, TrainState(bank, optimizer.init(bank)))
     active = np.ones(len(sets), bool)
@@ -106,7 +106,7 @@ def test_bfloat16_products_give_the_gradient_of_float32_but_for_rounding(prepare
         ids = BothTowers(data, embedder).document_ids if tower == "both" else None
         layers = experts.trunk_layers(bank, base.config)
         batches = Batches(
-            base.graph, layers, base.params, data.pool, ids, data.sets, config, data_mesh(jax.devices()[:1])
+            base.config, layers, base.params, data.pool, ids, data.sets, config, data_mesh(jax.devices()[:1])
         )
         totals = zero_totals(bank)
         for expert, batch in batches.step(0, np.ones(3, bool)):
