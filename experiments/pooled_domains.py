@@ -36,6 +36,7 @@ from moeret.evaluation.testsets import TestSet, read_test_sets, score
 from moeret.metrics import NDCG, RECALL
 from moeret.progress import progress_bar
 from moeret.retrieval.search import Rankings
+from moeret.training.learn import shared_limit
 from moeret.training.prepare import read_domains
 from moeret.types import SHARED_EXPERT
 from scripts.benchmarks import FILE, write_block, write_section
@@ -121,11 +122,15 @@ def named_apart(name: str, source: Path, out: Path) -> Path:
 
 def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rank: int | None, rate: float) -> TrainConfig:
     """One delta trained for as many steps as the shared one and all experts, as large as they all unless a rank is given."""
-    steps = [min(ours.steps, math.ceil(ours.epochs * own["train_queries"] / ours.batch_size)) for own in experts]
+    queries = [own["train_queries"] for own in experts]
+    steps = shared_limit(ours, queries) + sum(
+        min(ours.steps, math.ceil(ours.epochs * own / ours.batch_size)) for own in queries
+    )
     return dataclasses.replace(
         ours,
         steps=0,
-        shared_steps=ours.shared_steps + math.ceil(sum(steps) / len(steps)),
+        shared_steps=math.ceil(steps / len(queries)),
+        epochs=math.ceil(steps * ours.batch_size / sum(queries)),
         shared_learning_rate=rate,
         expert=dataclasses.replace(
             ours.expert, rank=1, shared_rank=rank or ours.expert.shared_rank + len(experts) * ours.expert.rank

@@ -61,7 +61,8 @@ class TrainConfig:
     steps: int = 400
     """Optimizer steps of an expert at most; one that stops improving on dev stops earlier. 0: the shared delta alone."""
     epochs: float = 3.0
-    """Passes of an expert over its queries at most: a small domain is soon learned by heart."""
+    """Passes of an expert over its queries, and of the shared delta over as many as all domains have, at most: a small domain
+    is soon learned by heart."""
     shared_steps: int = 500
     """Optimizer steps of the shared delta for each domain at most."""
     batch_size: int = 32

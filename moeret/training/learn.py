@@ -5,6 +5,7 @@ Experts start from the base, not from the shared delta, and are merged with it i
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,13 +50,14 @@ def learn_shared(
     *,
     show_progress_bar: bool,
 ) -> LearnedShared:
-    """Trains one delta on all domains in turn; as many looks at dev, and as many rounds between them, as experts get."""
-    base, count = embedder.base_encoder, len(data.sets)
+    """Trains one delta on all domains in turn, looking at dev as often as the whole of its steps allows."""
+    base = embedder.base_encoder
+    steps = shared_limit(config, [len(own.queries) for own in data.sets])
     own = dataclasses.replace(
         config,
-        steps=config.shared_steps * count,
+        steps=steps,
         learning_rate=config.shared_learning_rate,
-        evaluate_every=config.evaluate_every * count,
+        evaluate_every=math.ceil(steps * min(1, config.evaluate_every / config.shared_steps)),
     )
     shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
     bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
@@ -72,6 +74,12 @@ def learn_shared(
     alone = embedder.with_bank(experts.with_base(experts.scaled(fitted.bank, np.full(1, strength))))
     blend = blends.of_one([alone.mixed(own.texts, *only(0, len(own.texts))) for own in data.dev])
     return LearnedShared(experts.take(fitted.bank, 0), int(fitted.steps[0]), strength, blend, before, after)
+
+
+def shared_limit(config: TrainConfig, train_queries: Sequence[int]) -> int:
+    """Steps of the shared delta at most: `shared_steps` for each domain, and `epochs` passes over as many queries as they have."""
+    passes = math.ceil(config.epochs * sum(train_queries) / config.batch_size)
+    return min(config.shared_steps * len(train_queries), passes)
 
 
 class Learned(NamedTuple):

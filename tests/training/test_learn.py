@@ -1,0 +1,25 @@
+"""How long the shared delta trains."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeret.config import TrainConfig
+from moeret.training.learn import shared_limit
+
+CONFIG = TrainConfig(shared_steps=500, epochs=3.0, batch_size=32)
+
+
+@given(st.lists(st.integers(1, 30_000), min_size=1, max_size=20))
+def test_small_domains_shorten_the_shared_deltas_schedule(train_queries):
+    """Never more than the steps asked for, nor than the passes: a schedule that patience cuts off ends at its highest rate."""
+    limit = shared_limit(CONFIG, train_queries)
+    assert 1 <= limit <= 500 * len(train_queries)
+    assert (limit - 1) * 32 < 3 * sum(train_queries)
+    if 3 * sum(train_queries) >= 500 * 32 * len(train_queries):
+        assert limit == 500 * len(train_queries)
+
+
+def test_more_queries_never_train_less():
+    """One more query of any domain adds at most a step."""
+    for first in range(1, 400):
+        assert 0 <= shared_limit(CONFIG, [first + 1, 50]) - shared_limit(CONFIG, [first, 50]) <= 1
