@@ -13,6 +13,7 @@ Expected: these are the aims; BENCHMARKS.md says which hold. Over the ten domain
 import dataclasses
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from moeret.evaluation.baselines import System, bm25_system, exact_system, fused
 from moeret.evaluation.benchmark import cost, router_report, search_route, search_system
 from moeret.evaluation.testsets import TestSet, read_test_sets, score
 from moeret.metrics import NDCG, RECALL
+from moeret.models.model import VECTORS, WORK
 from moeret.progress import progress_bar
 from moeret.retrieval.search import Rankings
 from moeret.training.learn import shared_limit
@@ -45,7 +47,10 @@ TRAINED = (
     "scifact", "nfcorpus", "medquad", "obliqa", "fin10k", "attack-cti", "esco-jobs", "nl2bash", "conala", "checkthat20",
 )  # fmt: skip
 FOREIGN = ("cranfield", "cisi", "cacm")
-QUICK = ("attack-cti", "esco-jobs", "conala")
+QUICK = ("nl2bash", "conala", "checkthat20")
+"""Short documents and few queries."""
+QUICK_QUERIES = 50
+"""Test queries a domain at most."""
 RIVALS = ((None, 6e-4), (64, 2e-3), (None, 1e-3))
 """(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
 other seeds take the first's choice. The larger the rank, the further a delta moves at the same rate: rank 224 diverges at 2e-3."""
@@ -94,7 +99,7 @@ def main() -> None:
             strangers,
             dataclasses.replace(ours, seed=seed),
             tried,
-            queries=arguments.queries,
+            queries=QUICK_QUERIES if arguments.quick else arguments.queries,
             first=seed == 0,
         )
         scores.append(found)
@@ -138,6 +143,12 @@ def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rank: int | Non
     )
 
 
+def share_vectors(model: Path, other: Path) -> None:
+    """Gives another model's training the base's vectors of the same texts, which it would embed anew."""
+    if not (other / WORK / VECTORS).exists():
+        shutil.copytree(model / WORK / VECTORS, other / WORK / VECTORS, copy_function=os.link)
+
+
 def run_seed(
     place: Path,
     trained: dict[str, Path],
@@ -163,6 +174,7 @@ def run_seed(
     for rank, rate in tried:
         config = multi_task(ours, model.meta["experts"], rank, rate)
         name = f"multi-task-{config.expert.shared_rank}-{rate:g}"
+        share_vectors(place / "model", place / name)
         made = timed(
             f"train {name}",
             lambda config=config, name=name: moeret.train(trained, place / name, config=config, show_progress_bar=True),
