@@ -22,7 +22,7 @@ import moeret
 from experiments.pooled_domains import RIVALS, named_apart, run_seed
 from experiments.pooled_report import report
 from moeret.config import TrainConfig
-from moeret.data.docstrings import write_domains
+from moeret.data.docstrings import installed_libraries, write_domains
 from scripts.benchmarks import write_section
 
 LIBRARIES = ("python", "numpy", "flax", "huggingface_hub")
@@ -59,7 +59,7 @@ def main() -> None:
         name: write_beir(data / name, *read(arguments.sources))
         for name, read in (("covid-qa", covid_qa), ("pubmedqa", pubmedqa), ("climate-fever", climate_fever))
     }
-    libraries = write_domains(data, per_library=PER_LIBRARY, libraries=len(LIBRARIES) + len(FOREIGN))
+    libraries = write_domains(data, per_library=PER_LIBRARY, libraries=len(installed_libraries()))
     trained |= {name: libraries[name] for name in LIBRARIES}
     foreign = {name: named_apart(name, all_as_test(libraries[name]), data / "foreign" / name) for name in FOREIGN}
     ours = TrainConfig(precision=arguments.precision)

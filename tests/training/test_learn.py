@@ -1,8 +1,12 @@
 """How long the shared delta trains."""
 
+import dataclasses
+import json
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moeret
 from moeret.config import TrainConfig
 from moeret.training.learn import shared_limit
 
@@ -23,3 +27,13 @@ def test_more_queries_never_train_less():
     """One more query of any domain adds at most a step."""
     for first in range(1, 400):
         assert 0 <= shared_limit(CONFIG, [first + 1, 50]) - shared_limit(CONFIG, [first, 50]) <= 1
+
+
+def test_a_run_ends_with_its_schedule(two_domains, base_folder, train_config, tmp_path):
+    """Many steps asked for, one pass allowed: the shared delta takes just the steps of that pass."""
+    config = dataclasses.replace(train_config, steps=0, shared_steps=1000, epochs=1.0, patience=1000)
+    model = moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=config)
+    limit = shared_limit(config, [own["train_queries"] for own in model.meta["experts"]])
+    log = (tmp_path / "m/training/shared/metrics.jsonl").read_text().splitlines()
+    assert [own["step"] for own in map(json.loads, log) if "loss" in own] == list(range(1, limit + 1))
+    assert limit < 2000
