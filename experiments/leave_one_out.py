@@ -4,8 +4,8 @@ Command:  python -m experiments.leave_one_out --data DATA [--pooled runs/pooled_
           DATA and --pooled as experiments.pooled_domains leaves them; the first seed's model is used.
 Time:     about 15 minutes on 2 cores; finished domains are not repeated.
 Expected: routed is at most 0.5 points of nDCG@10 below the base on each. The shared delta has still seen the domain; the
-          foreign corpora of experiments.pooled_domains are those that nothing has seen. On dev several margins of the
-          retriever are tried. Writes its section into BENCHMARKS.md.
+          foreign corpora of experiments.pooled_domains are those that nothing has seen. On dev several limits of
+          strangeness are tried. Writes its section into BENCHMARKS.md.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from safetensors.numpy import load_file
 
 import moeret
 from experiments.pooled_domains import TRAINED
@@ -25,13 +26,14 @@ from moeret.data.beir import Judged, sample
 from moeret.evaluation.benchmark import search_route
 from moeret.evaluation.testsets import read_test_sets, score
 from moeret.metrics import NDCG
-from moeret.retrieval.search import MARGIN, Rankings
+from moeret.retrieval.search import Rankings
+from moeret.retrieval.strangeness import STRANGE_QUERIES, Strangeness
 from moeret.training.prepare import read_domains
 from moeret.types import BASE_EXPERT
 from scripts.benchmarks import markdown_table, write_section
 
 LOSS = 0.005
-MARGINS = (0.0, 0.3, 0.6, 0.9)
+SHARES = (0.05, 0.1, 0.15, 0.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,8 @@ def main() -> None:
     body = (
         f"{NDCG} x 100 of each domain's test queries (at most {arguments.queries}) when its expert is taken out of the model and "
         "its documents come in as a corpus without a domain; base: the base's vector alone, all documents:\n\n"
-        f"{_test_table(found)}\n\nThe same on dev, mean of the domains, by how much less than the chosen indexes another may "
-        f"promise and is searched too (the retriever's: {MARGIN:g}):\n\n{_dev_table(found)}"
+        f"{_test_table(found)}\n\nThe same on dev, mean of the domains, by the share of known domains' queries that may count as "
+        f"strange (taken: {STRANGE_QUERIES:.0%}):\n\n{_dev_table(found)}"
     )
     print(body)
     write_section("leave-one-out", "Leave one expert out", body)
@@ -75,7 +77,6 @@ def _test_table(found: dict[str, dict[str, Any]]) -> str:
         "routed",
         "difference",
         "abstained",
-        "documents in the base's index",
         "-0.5 at most",
     ]
     rows = []
@@ -88,7 +89,6 @@ def _test_table(found: dict[str, dict[str, Any]]) -> str:
                 f"{100 * routed:.1f}",
                 f"{100 * (routed - base):+.1f}",
                 f"{own['abstained']:.0%}",
-                f"{own['at_home']:.0%}",
                 "holds" if routed - base >= -LOSS else "**fails**",
             ]
         )
@@ -97,11 +97,11 @@ def _test_table(found: dict[str, dict[str, Any]]) -> str:
 
 def _dev_table(found: dict[str, dict[str, Any]]) -> str:
     rows = []
-    for margin in (f"{margin:g}" for margin in MARGINS):
-        losses = [own["dev"][margin]["routed"] - own["dev"]["base"] for own in found.values()]
-        indexes = np.mean([own["dev"][margin]["indexes"] for own in found.values()])
-        rows.append([margin, f"{100 * np.mean(losses):+.2f}", f"{100 * min(losses):+.1f}", f"{indexes:.2f}"])
-    return markdown_table(["margin", "difference to the base", "of the worst domain", "indexes a query"], rows)
+    for share in (f"{share:.0%}" for share in SHARES):
+        losses = [own["dev"][share]["routed"] - own["dev"]["base"] for own in found.values()]
+        indexes = np.mean([own["dev"][share]["indexes"] for own in found.values()])
+        rows.append([share, f"{100 * np.mean(losses):+.2f}", f"{100 * min(losses):+.1f}", f"{indexes:.2f}"])
+    return markdown_table(["strange", "difference to the base", "of the worst domain", "indexes a query"], rows)
 
 
 def _without(name: str, arguments: Arguments) -> dict[str, Any]:
@@ -130,15 +130,16 @@ def _without(name: str, arguments: Arguments) -> dict[str, Any]:
 
     routed, found = run(test.judged, "auto")
     result = {
-        "at_home": retriever.sizes.get(BASE_EXPERT, 0) / len(domain.corpus),
         "abstained": float(np.mean([route.abstained for route in found.routes])),
         "test": {"base": run(test.judged, "base")[0], "routed": routed},
         "dev": {"base": run(domain.splits["dev"], "base")[0]},
     }
-    for retriever.margin in MARGINS:
+    sketches = load_file(retriever.index.path(retriever.index.meta["sketches"]))
+    for share in SHARES:
+        retriever.strange_limit = Strangeness(retriever.model, sketches).limit(retriever.model, share)
         routed, found = run(domain.splits["dev"], "auto")
         indexes = float(np.mean([len(names) for names in found.indexes]))
-        result["dev"][f"{retriever.margin:g}"] = {"routed": routed, "indexes": indexes}
+        result["dev"][f"{share:.0%}"] = {"routed": routed, "indexes": indexes}
     retriever.close()
     shutil.rmtree(place)
     return result

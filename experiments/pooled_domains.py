@@ -54,8 +54,8 @@ QUICK_QUERIES = 50
 RIVALS = ((None, 6e-4), (64, 2e-3), (None, 1e-3))
 """(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
 other seeds take the first's choice. The larger the rank, the further a delta moves at the same rate: rank 224 diverges at 2e-3."""
-MINIMA, MARGINS = (0.3, 0.03), (0.0, 0.6, 1.2)
-"""Least probabilities of an expert to be used, and how much less another index may promise, for the curve against cost."""
+MINIMA, LIMITS = (0.3, 0.03), (-1.0, -0.5, 0.5)
+"""Least probabilities of an expert to be used, and other limits of strangeness than dev's, for the curve against cost."""
 VOTES = 100
 """Training queries a domain that vote for RouterRetriever's pilots."""
 
@@ -298,10 +298,11 @@ def evaluate(
                 route(f"minimum {minimum:g}", "auto", home)
             model.query_router = dataclasses.replace(chosen, slots=1)
             route("one expert", "auto", home)
-            model.query_router, usual = chosen, retriever.margin
-            for retriever.margin in MARGINS:
-                route(f"margin {retriever.margin:g}", "auto", home)
-            retriever.margin = usual
+            model.query_router, usual = chosen, retriever.strange_limit
+            for other in LIMITS:
+                retriever.strange_limit = usual + other
+                route(f"limit {other:+g}", "auto", home)
+            retriever.strange_limit = usual
             best = []
             for expert in model.experts:
                 found = {test.name: search_route(retriever, test, expert, bar) for test in home}

@@ -190,7 +190,7 @@ def curve(scores: Sequence[dict[str, Any]], names: Sequence[str]) -> list[tuple[
     """(label, indexes, share of the documents within reach, nDCG@10) of the routed system's settings, first seed."""
     points = []
     for label, own in scores[0]["systems"].items():
-        if label.startswith(("minimum", "margin")) or label in ("one expert", "routed", "routed, all indexes"):
+        if label.startswith(("minimum", "limit")) or label in ("one expert", "routed", "routed, all indexes"):
             score = float(np.mean([np.mean(own["values"][name][NDCG]) for name in names]))
             points.append((label, own["cost"]["indexes"], own["cost"]["documents_share"], score))
     return sorted(points, key=lambda point: point[1])
@@ -201,8 +201,8 @@ def _curve(scores, names) -> str:
         [label, f"{i:.2f}", f"{share:.1%}", f"{100 * score:.1f}"] for label, i, share, score in curve(scores, names)
     ]
     return (
-        "Quality against cost, first seed (minimum: the least probability of an expert to be merged and searched; margin: how "
-        "much less than the best of these another index may promise and is searched too; `routed` is what dev chose):\n\n"
+        "Quality against cost, first seed (minimum: the least probability of an expert to be merged and searched; limit: how "
+        "much more or less strangeness than by dev makes a query search the base's own index too; `routed` is what dev chose):\n\n"
         + markdown_table(["setting", "indexes a query", "documents within reach", NDCG], rows)
     )
 

@@ -145,7 +145,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
-    """Build an index: every domain's documents for its expert, other documents where the router puts them.
+    """Build an index: every domain's documents for its expert, other documents for the base and for the experts they suit.
 
     A job that was cut off goes on when the same command is given again.
 
@@ -159,7 +159,7 @@ class Index:
     domain: Domains = field(default_factory=list)
     """NAME=BEIR_DIR of each domain; NAME is an expert of the model."""
     corpus: tyro.conf.UseAppendAction[list[tuple[Path, ...]]] = field(default_factory=list)
-    """JSONL files of documents without a domain; those unlike all that the router knows go to the base's own index."""
+    """JSONL files of documents without a domain; they go to the base's own index, those like a domain's to its expert's too."""
     overwrite: bool = False
     """Replace an index at --out that was made from other things; readers see the old one until the new one is whole."""
     config: Annotated[IndexConfig, Flat] = field(default_factory=IndexConfig)

@@ -44,12 +44,17 @@ def fit_familiarity(
     kept = [own[np.random.default_rng(0).permutation(len(own))[:KEPT]] for own in train]
     known = scaled_rows(np.concatenate(kept), center, spread)
     fitted = Familiarity(center, spread, known, -1.0)
-    values = np.concatenate([fitted.of(own) for own in held])
-    weights = np.concatenate([np.full(len(own), 1 / len(own) / len(held)) for own in held])
-    order = np.argsort(values, kind="stable")
-    below = np.cumsum(weights[order]) - weights[order]  # the share that is less familiar than each
-    limit = float(values[order[int(np.flatnonzero(below <= share).max())]])
+    limit = least_but(share, [fitted.of(own) for own in held])
     return Familiarity(center, spread, known, limit)
+
+
+def least_but(share: float, values: Sequence[Float[np.ndarray, "_"]]) -> float:
+    """The least of all domains' values but for at most a `share`, domains weighing the same."""
+    every = np.concatenate(values)
+    weights = np.concatenate([np.full(len(own), 1 / len(own) / len(values)) for own in values])
+    order = np.argsort(every, kind="stable")
+    below = np.cumsum(weights[order]) - weights[order]  # the share that is less than each
+    return float(every[order[int(np.flatnonzero(below <= share).max())]])
 
 
 def balanced_moments(

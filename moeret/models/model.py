@@ -38,11 +38,15 @@ Expert = str | Mapping[str, float] | Sequence[str] | None
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A sample of a domain: readings of its queries, unit base vectors of its documents."""
+    """A sample of a domain: readings of its queries and unit base vectors of its documents.
+
+    `dev_vectors` are its dev queries as its expert embeds them; as the base does where experts embed their documents too.
+    """
 
     train_queries: Float[np.ndarray, "Q D2"]
     dev_queries: Float[np.ndarray, "Q2 D2"]
     documents: Float[np.ndarray, "N D"]
+    dev_vectors: Float[np.ndarray, "Q2 D"]
 
 
 class Model:

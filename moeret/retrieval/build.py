@@ -28,6 +28,7 @@ from moeret.retrieval.documents import write_documents
 from moeret.retrieval.expert_index import ExpertIndex, build_memory, write_index
 from moeret.retrieval.hnsw import build_segment
 from moeret.retrieval.sketch import make_sketch
+from moeret.retrieval.strangeness import Strangeness
 from moeret.types import BASE_EXPERT, Document
 
 KIND = "index"
@@ -47,10 +48,11 @@ def build_index(
     overwrite: bool = False,
     show_progress_bar: bool = False,
 ) -> Artifact:
-    """Indexes every domain's documents for its expert, and the documents of `corpora` (JSONL) where the router puts them.
+    """Indexes every domain's documents for its expert, and the documents of `corpora` (JSONL) for the base.
 
+    Documents of `corpora` that look like an expert's go to its index too; where experts embed their own documents, to that only.
     A job that was cut off keeps its vectors and goes on when this is called again with the same arguments; a finished
-    index is returned as it is. Documents unlike all that the router knows go to the base's own index.
+    index is returned as it is.
 
     Raises:
       DataError: a corpus that cannot be used, or one id twice in one expert's index.
@@ -90,14 +92,7 @@ def build_index(
             placed = _place(loaded, placed, loose, vectors)
         meta = {
             "model": {"folder": prefix, "fingerprint": published.fingerprint},
-            **_write(
-                draft,
-                loaded,
-                placed,
-                {name: len(documents) for name, documents in read.items()},
-                config,
-                show_progress_bar,
-            ),
+            **_write(draft, loaded, placed, config, show_progress_bar),
             "config": to_json(config),
             "request": request,
         }
@@ -171,26 +166,37 @@ def _remove_leftovers(out: Path, finished: Artifact) -> None:
 
 
 def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vectors: _Vectors) -> Placed:
-    """Adds the documents without a domain to the experts that the router gives them to, the unfamiliar ones to the base."""
-    by_expert: dict[str, list[Document]] = {}
+    """Adds the documents without a domain: the familiar ones to the experts that the router gives them to, others to the base.
+
+    With one document space the base's own index has them all: a query of their domain finds them in one place, and those
+    among them that an expert's queries ask for are found there too.
+    """
     base = vectors.of([document for _, document in loose], BASE_EXPERT)
     choice, names = model.document_router.choose(base), (BASE_EXPERT, *model.experts)
-    chosen = [names[number] for number in np.where(choice.abstained, 0, choice.experts[:, 0])]
-    sources = {(expert, document.id): "its domain" for expert, (own, _) in placed.items() for document in own}
-    for expert, (path, document) in zip(chosen, loose, strict=True):
-        if before := sources.get((expert, document.id)):
+    everything = model.tower == "query"
+    homes: dict[str, np.ndarray] = {
+        name: np.flatnonzero((choice.experts[:, 0] == number) & ~choice.abstained) for number, name in enumerate(names)
+    }
+    homes[BASE_EXPERT] = np.arange(len(loose)) if everything else np.flatnonzero(choice.abstained)
+    for name, rows in homes.items():
+        if len(rows):
+            before, known = placed.get(name, ([], None))
+            added = [loose[row][1] for row in rows]
+            _check_ids(name, before, [loose[row] for row in rows])
+            own = base[rows] if everything or name == BASE_EXPERT else vectors.of(added, name)
+            placed[name] = ([*before, *added], own if known is None else np.concatenate([known, own]))
+    return {name: placed[name] for name in names if name in placed}
+
+
+def _check_ids(expert: str, before: list[Document], added: list[tuple[Path, Document]]) -> None:
+    sources = {document.id: "its domain" for document in before}
+    for path, document in added:
+        if source := sources.get(document.id):
             raise DataError(
-                f"{path}: document {document.id!r} goes to expert {expert}, whose index has that id already (from {before}); "
+                f"{path}: document {document.id!r} goes to expert {expert}, whose index has that id already (from {source}); "
                 "ids must be unique, rename one"
             )
-        sources[expert, document.id] = str(path)
-        by_expert.setdefault(expert, []).append(document)
-    for expert, documents in by_expert.items():
-        rows = [row for row, own in enumerate(chosen) if own == expert]
-        own = base[rows] if model.tower == "query" or expert == BASE_EXPERT else vectors.of(documents, expert)
-        before, known = placed.get(expert, ([], np.empty((0, own.shape[1]), np.float32)))
-        placed[expert] = ([*before, *documents], np.concatenate([known, own]))
-    return {name: placed[name] for name in names if name in placed}
+        sources[document.id] = str(path)
 
 
 def _build(
@@ -215,7 +221,6 @@ def _write(
     draft: Draft,
     model: Model,
     placed: Placed,
-    of_domain: dict[str, int],
     config: IndexConfig,
     show_progress_bar: bool,
 ) -> dict[str, Any]:
@@ -236,19 +241,15 @@ def _write(
     same, sketches = _same_documents(documents), {name: make_sketch(vectors) for name, (_, vectors) in placed.items()}
     return {
         "documents": {
-            "count": len(documents),
+            "count": len(np.unique(same)),
             "file": draft.add("documents.sqlite", lambda path: write_documents(path, documents)),
             "same": draft.add("same.safetensors", lambda path: save_file({"same": same}, path)),
         },
         "sketches": draft.add("sketches.safetensors", lambda path: save_file(sketches, path)),
-        "experts": {
-            name: {
-                "documents": len(placed[name][0]),
-                "without_domain": len(placed[name][0]) - of_domain.get(name, 0),
-                **entry,
-            }
-            for name, entry in indexes.items()
-        },
+        "strange_limit": Strangeness(model, sketches).limit(model)
+        if model.tower == "query" and BASE_EXPERT in sketches
+        else None,
+        "experts": {name: {"documents": len(placed[name][0]), **entry} for name, entry in indexes.items()},
     }
 
 

@@ -17,18 +17,14 @@ from moeret.data.lexical import stems
 from moeret.errors import ArtifactError
 from moeret.models.memory import Blend
 from moeret.models.model import Model, check_texts
-from moeret.models.router import Choice, Router
 from moeret.retrieval.build import KIND
 from moeret.retrieval.documents import DocumentStore
 from moeret.retrieval.expert_index import read_index
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
-from moeret.retrieval.sketch import promises, spread
+from moeret.retrieval.sketch import promises
+from moeret.retrieval.strangeness import Strangeness
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
-MARGIN, WIDER = 0.3, 3
-"""How much less than the best of the chosen ones an index may promise and is searched too, in spreads of the sketches, if it
-holds documents that came without a domain; where none is chosen any may, and so many times that. A wider margin finds more
-such documents and costs more (experiments.pooled_domains)."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 
@@ -67,8 +63,9 @@ class Rankings:
 class Retriever:
     """Searches an index. Searching changes nothing, so any number of threads may search at once.
 
-    `fusion`, `margin` and `blends` (what counts beside the cosine: by default what training chose, nothing if empty) serve
-    every search; set them before the first.
+    `fusion`, `blends` (what counts beside the cosine: by default what training chose, nothing if empty) and `strange_limit` (what
+    makes a query strange, in spreads of the sketches; the lower, the more queries search the base's own index too) serve every
+    search; set them before the first.
     """
 
     def __init__(self, published: Artifact, model: Model):
@@ -85,11 +82,11 @@ class Retriever:
         self.blends: dict[str, Blend] = dict(model.blends)
         self._same = load_file(published.path(meta["documents"]["same"]))["same"]
         self._documents = DocumentStore(published.path(meta["documents"]["file"]))
-        sketches = load_file(published.path(meta["sketches"]))
-        self._sketches = [sketches[name] for name in self._names]
-        self._spread = spread(self._sketches)
-        self._mixed = np.array([meta["experts"][name]["without_domain"] > 0 for name in self._names])
-        self.margin = MARGIN
+        self._sketches = load_file(published.path(meta["sketches"]))
+        self._strangeness = (
+            Strangeness(model, self._sketches) if model.tower == "query" and BASE_EXPERT in self.sizes else None
+        )
+        self.strange_limit: float | None = meta["strange_limit"]
         self._calibration = {entry["name"]: entry["calibration"] for entry in model.published.meta["experts"]}
         self._calibration[BASE_EXPERT] = model.published.meta["base"]["calibration"]
         self.fusion: Fusion = "score" if model.tower == "query" else "calibrated"
@@ -137,11 +134,11 @@ class Retriever:
         Args:
           queries: non-empty strings.
           k: how many hits, at least 1. Beyond 100 more candidates get a whole score, which may change the first hits too.
-          route: `auto` lets the router choose; with documents in the base's space it also searches the indexes with documents
-            without a domain that promise as much as the chosen ones, and with fusion by score it searches again with the
-            base's vector where the best hit is a document that no expert owns. `all` uses the router's experts but searches
-            every index; `base` searches every index as the base would, `shared` with the shared delta alone; an expert's name
-            searches its index with it. Words and memory count as `blends` says of what is used.
+          route: `auto` lets the router choose; with documents in the base's space a strange query searches the base's own index
+            too, where all documents without a domain are, and with fusion by score it searches again with the base's vector
+            where its best hit is one of them. `all` uses the router's experts but searches every index; `base` searches every
+            index as the base would, `shared` with the shared delta alone; an expert's name searches its index with it. Words
+            and memory count as `blends` says of what is used.
           experts: at most this many experts are merged per query (auto and all); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
             default there); `calibrated` (the default elsewhere) or `rrf`.
@@ -165,26 +162,24 @@ class Retriever:
         if not queries:
             return Rankings([], [], [])
         texts, words, fusion = self.model.with_prompt(queries, "query"), stems(queries), fusion or self.fusion
-        found = self._search(self._plan(texts, route, experts), words, k, fusion)
-        return self._second_look(found, texts, words, k) if route == "auto" and fusion == "score" else found
+        plan = self._plan(texts, route, experts)
+        found = self._search(plan, words, k, fusion)
+        return self._second_look(found, plan, texts, words, k) if route == "auto" and fusion == "score" else found
 
-    def _second_look(self, found: Rankings, texts: Sequence[str], words: Sequence[list[str]], k: int) -> Rankings:
-        """Searches with the base's vector where the experts' best hit is a document that no expert owns.
+    def _second_look(
+        self, found: Rankings, plan: _Plan, texts: Sequence[str], words: Sequence[list[str]], k: int
+    ) -> Rankings:
+        """Searches with the base's vector where the best hit is in the base's own index.
 
         Such a query is of no expert's domain, although the router took it for one's.
         """
-        rows = [
-            row
-            for row, (route, (hits, _)) in enumerate(zip(found.routes, found.ranked, strict=True))
-            if not route.abstained and self._holders(hits[:1]) == [BASE_EXPERT]
-        ]
+        rows = [row for row, (hits, _) in enumerate(found.ranked) if self._holders(hits[:1]) == [BASE_EXPERT]]
         if rows:
             vectors = self.model.embedder.base([texts[row] for row in rows])
-            weights = self._reached(np.zeros((len(rows), len(self._names)), np.float32), vectors)
-            plan = _Plan(weights, _one_vector(vectors), [{BASE_EXPERT: 1.0}] * len(rows), [])
-            again = self._search(plan, [words[row] for row in rows], k, "score")
-            for row, ranked, indexes in zip(rows, again.ranked, again.indexes, strict=True):
-                found.ranked[row], found.indexes[row] = ranked, indexes
+            as_base = _Plan(plan.weights[rows], _one_vector(vectors), [{BASE_EXPERT: 1.0}] * len(rows), [])
+            again = self._search(as_base, [words[row] for row in rows], k, "score")
+            for row, ranked in zip(rows, again.ranked, strict=True):
+                found.ranked[row] = ranked
                 found.routes[row] = dataclasses.replace(found.routes[row], experts={}, abstained=True)
         return found
 
@@ -241,12 +236,14 @@ class Retriever:
             vectors = model.embedder.mixed(texts, *model.mixture(route, count))
             return _Plan(everywhere * np.array(here, np.float32), _one_vector(vectors), [{route: 1.0}] * count, [])
         router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
-        choice, merged = self._routed(texts, router)
+        if model.tower == "query":  # what the index holds tells what is strange, not familiarity
+            router = dataclasses.replace(router, familiarity=None)
+        choice, merged = model.embedder.routed(texts, router)
         routes = model.routes(choice)
         shares = [own.experts or {BASE_EXPERT: 1.0} for own in routes]
         chosen = np.array([[own.experts.get(name, 0.0) for name in self._names] for own in routes], np.float32)
         if model.tower == "query":
-            weights = everywhere if route == "all" else self._reached(chosen, merged)
+            weights = everywhere if route == "all" else self._reached(chosen, choice.probabilities, merged)
             return _Plan(weights, _one_vector(merged), shares, routes)
         weights = everywhere if route == "all" else self._in_own_spaces(chosen, routes)
 
@@ -255,43 +252,24 @@ class Retriever:
 
         return _Plan(weights, own_vectors, shares, routes)
 
-    def _routed(self, texts: Sequence[str], router: Router) -> tuple[Choice, Float[np.ndarray, "Q D"]]:
-        """What the router chooses, and the vectors.
-
-        An unfamiliar query need not be foreign. Where the router abstains, but to the base's vector the likeliest expert's
-        index promises more than the base's own, or there is no such index, the router's experts count after all.
-        """
-        choice, vectors = self.model.embedder.routed(texts, router)
-        rows = np.flatnonzero(choice.abstained)
-        if self.model.tower == "both" or not len(rows):
-            return choice, vectors
-        anyway = router.pick(choice.probabilities[rows])
-        promised = dict(zip(self._names, promises(vectors[rows], self._sketches).T, strict=True))
-        nothing = np.full(len(rows), -np.inf, np.float32)
-        of_experts = np.stack([promised.get(name, nothing) for name in self.model.experts], axis=1)
-        best = np.take_along_axis(of_experts, anyway.experts[:, :1] - 1, axis=1)[:, 0]
-        known = promised.get(BASE_EXPERT, nothing) < best
-        rows, anyway = rows[known], Choice(*(field[known] for field in anyway))
-        if len(rows):
-            vectors[rows] = self.model.embedder.mixed([texts[row] for row in rows], anyway.experts, anyway.weights)
-            for field, own in zip(choice, anyway, strict=True):
-                field[rows] = own
-        return choice, vectors
-
-    def _reached(self, chosen: Float[np.ndarray, "Q I"], vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q I"]:
-        """The weights of the chosen indexes, and of those that promise as much; the best, where none is chosen.
-
-        A document that came without a domain may lie in another index than its query's: it is where the router put it.
-        """
-        promised = promises(vectors, self._sketches)
-        none = ~chosen.any(axis=1)
-        margin = self._spread * np.where(none, WIDER * self.margin, self.margin)[:, None]
+    def _reached(
+        self,
+        chosen: Float[np.ndarray, "Q I"],
+        probabilities: Float[np.ndarray, "Q E"],
+        vectors: Float[np.ndarray, "Q D"],
+    ) -> Float[np.ndarray, "Q I"]:
+        """The weights of the chosen indexes (if none, of the one that promises most), and of the base's own for strange queries."""
         weights = chosen.copy()
-        weights[none, promised[none].argmax(axis=1)] = 1.0
-        reach = np.where(weights > 0, promised, -np.inf).max(axis=1, keepdims=True)
-        mean = weights.sum(axis=1, keepdims=True) / (weights > 0).sum(axis=1, keepdims=True)
-        reached = (promised >= reach - margin) & (self._mixed | none[:, None])
-        return np.where((weights == 0) & reached, mean, weights)
+        none = ~chosen.any(axis=1)
+        if none.any():
+            promised = np.stack([promises(vectors[none], self._sketches[name]) for name in self._names], axis=1)
+            weights[none, promised.argmax(axis=1)] = 1.0
+        if self._strangeness:
+            strange = self._strangeness.of(vectors, probabilities) > self.strange_limit
+            mean = weights.sum(axis=1) / (weights > 0).sum(axis=1)
+            base = self._names.index(BASE_EXPERT)
+            weights[strange, base] = mean[strange]
+        return weights
 
     def _in_own_spaces(self, chosen: Float[np.ndarray, "Q I"], routes: Sequence[Route]) -> Float[np.ndarray, "Q I"]:
         """The weights where no promise can be compared: of the chosen indexes and the base's own, or of all by probability."""
@@ -306,10 +284,8 @@ class Retriever:
         )
 
     def route(self, queries: Sequence[str]) -> list[Route]:
-        """Which experts each query would use. Raises ConfigError for an empty query."""
-        self._check(queries, 1, "auto", None, None)
-        texts = self.model.with_prompt(queries, "query")
-        return self.model.routes(self._routed(texts, self.model.query_router)[0]) if texts else []
+        """Which experts each query uses; whether it abstains, its best hit tells. Raises ConfigError for an empty query."""
+        return self.rank(queries, 1).routes
 
     def _check(self, queries: Sequence[str], k: int, route: str, experts: int | None, fusion: Fusion | None) -> None:
         check_texts(queries, "queries")

@@ -85,7 +85,8 @@ def shared_limit(config: TrainConfig, train_queries: Sequence[int]) -> int:
 class Learned(NamedTuple):
     """Experts at their best steps and strengths.
 
-    With one document space what counts beside their cosines, else how the base's and their scores tell relevance.
+    With one document space their dev queries' vectors and what counts beside the cosines, else how the base's and their scores
+    tell relevance.
     """
 
     bank: experts.Bank
@@ -94,6 +95,7 @@ class Learned(NamedTuple):
     strengths: Strengths
     base_dev: Float[np.ndarray, "E 3"]
     dev: Float[np.ndarray, "E 3"]
+    dev_vectors: Sequence[Float[np.ndarray, "Q D"]] | None
     blended: Sequence[Blended] | None
     calibration: Sequence[tuple[float, float] | None]
 
@@ -127,11 +129,21 @@ def learn(
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
     merged = shared and experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
     dev = [by_group(values, tower.seen) for values in (before, strengths.values)]
-    blended = blends and _blended(data, embedder.with_bank(experts.with_base(bank), merged), blends, show_progress_bar)
-    return Learned(bank, merged, fitted.steps, strengths, *dev, blended, tower.calibration(bank))
+    vectors, blended = None, None
+    if config.tower == "query":
+        full = embedder.with_bank(experts.with_base(bank), merged)
+        vectors = [full.mixed(own.texts, *only(number, len(own.texts))) for number, own in enumerate(data.dev)]
+        blended = blends and _blended(data, full, vectors, blends, show_progress_bar)
+    return Learned(bank, merged, fitted.steps, strengths, *dev, vectors, blended, tower.calibration(bank))
 
 
-def _blended(data: Prepared, embedder: Embedder, blends: DevBlends, show_progress_bar: bool) -> list[Blended]:
+def _blended(
+    data: Prepared,
+    embedder: Embedder,
+    vectors: Sequence[Float[np.ndarray, "Q D"]],
+    blends: DevBlends,
+    show_progress_bar: bool,
+) -> list[Blended]:
     """What each expert wants beside the cosine; embeds all train queries once more, by their experts."""
     prompt = embedder.base_encoder.prompts["query"]
     total = sum(len(own.queries) for own in data.sets)
@@ -141,8 +153,7 @@ def _blended(data: Prepared, embedder: Embedder, blends: DevBlends, show_progres
             def encode(queries: Sequence[str]) -> Float[np.ndarray, "Q D"]:
                 return embedder.mixed([prompt + own for own in queries], *only(number, len(queries)), advance=advance)
 
-            texts = data.dev[number].texts
-            return blends.of_expert(number, embedder.mixed(texts, *only(number, len(texts))), encode)
+            return blends.of_expert(number, vectors[number], encode)
 
         return [of(number) for number in range(len(data.sets))]
 

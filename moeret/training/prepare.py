@@ -121,7 +121,8 @@ def prepare(
         seen = seen_queries(dev_judged[number], split)
         dev_sets.append(DevSet(dev_judged[number], dev_texts, dev[number], rows[number], ids, seen))
         kept = documents[number][_some(len(documents[number]), PROFILE_DOCUMENTS)]
-        profiles.append(Profile(train[number][_some(len(train[number]), PROFILE_QUERIES)], dev[number], kept))
+        queries = train[number][_some(len(train[number]), PROFILE_QUERIES)]
+        profiles.append(Profile(queries, dev[number], kept, half(dev[number], "base")))
     return Prepared(domains, sets, dev_sets, profiles, np.concatenate([*documents, *others]))
 
 

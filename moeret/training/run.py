@@ -258,9 +258,11 @@ def _write_experts(
     entries = []
     for number, own in enumerate(data.domains):
         deltas = experts.flatten(experts.take(trained.bank, number))
+        sample = data.profiles[number]
+        if trained.dev_vectors:
+            sample = dataclasses.replace(sample, dev_vectors=trained.dev_vectors[number])
         profile = {
-            field.name: np.ascontiguousarray(getattr(data.profiles[number], field.name))
-            for field in dataclasses.fields(Profile)
+            field.name: np.ascontiguousarray(getattr(sample, field.name)) for field in dataclasses.fields(Profile)
         }
         entries.append(
             {

@@ -1,6 +1,5 @@
 """The indexing job: what goes where, what is refused, and what a job that dies leaves behind."""
 
-import dataclasses
 import errno
 import resource
 import shutil
@@ -75,78 +74,71 @@ def test_vectors_are_the_documents_base_embeddings_by_row(index_folder, trained)
     retriever.close()
 
 
-def test_loose_documents_go_where_the_document_router_puts_them(
+def test_loose_documents_go_to_the_base_and_the_familiar_ones_to_their_expert_too(
     tmp_path, monkeypatch, model_folder, two_domains, trained
 ):
-    place_by_router(monkeypatch, -1.0)
     rows = loose_corpus(tmp_path / "loose.jsonl")
-    build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
     vectors = trained.encode_document([row["text"] for row in rows], normalize_embeddings=True)
     best = trained.document_router.probabilities(vectors).argmax(axis=1)
-    got = held(tmp_path / "index")
-    for row, expert in zip(rows, best, strict=True):
-        assert Document(row["_id"], row["text"]) in got[trained.experts[expert]]
-    assert {name: len(documents) - 12 for name, documents in got.items()} == {
-        name: int((best == number).sum()) for number, name in enumerate(trained.experts)
-    }
+    documents = [Document(row["_id"], row["text"]) for row in rows]
+    for name, limit in (("familiar", -1.0), ("unfamiliar", 1.1)):
+        place_by_router(monkeypatch, limit)
+        published = build_index(model_folder, tmp_path / name, two_domains, [tmp_path / "loose.jsonl"])
+        got = held(tmp_path / name)
+        assert got["base"] == {*documents}
+        for number, expert in enumerate(trained.experts):
+            own = {document for document, home in zip(documents, best, strict=True) if home == number}
+            assert got[expert] & got["base"] == (own if name == "familiar" else set())
+        assert published.meta["documents"]["count"] == 24 + len(rows)
 
 
-def test_unfamiliar_documents_go_to_the_base(tmp_path, monkeypatch, model_folder, two_domains):
-    place_by_router(monkeypatch, 1.1)
-    rows = loose_corpus(tmp_path / "loose.jsonl")
+def test_a_document_of_two_indexes_is_one_hit(tmp_path, monkeypatch, model_folder, two_domains):
+    place_by_router(monkeypatch, -1.0)
+    loose_corpus(tmp_path / "loose.jsonl")
     build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
-    assert held(tmp_path / "index")["base"] == {Document(row["_id"], row["text"]) for row in rows}
-    hits = moeret.Retriever.load(tmp_path / "index").search("find the rhine", k=50)
-    assert {hit.id for hit in hits if hit.expert == "base"} == {row["_id"] for row in rows}
+    hits = moeret.Retriever.load(tmp_path / "index").search("find the rhine", k=50, route="all")
+    assert len({(hit.id, hit.text) for hit in hits}) == len(hits) == 29
 
 
-def test_a_query_whose_best_hit_no_expert_owns_is_searched_again_as_the_base_would(
-    tmp_path, monkeypatch, model_folder, two_domains
-):
+@pytest.fixture
+def with_rivers(tmp_path, monkeypatch, model_folder, two_domains):
+    """Two domains and documents of another, which no router has seen, and these documents' texts; only vectors count."""
     place_by_router(monkeypatch, 1.1)
     rows = loose_corpus(tmp_path / "loose.jsonl")
     build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
     retriever = moeret.Retriever.load(tmp_path / "index")
-    retriever.model.query_router = dataclasses.replace(retriever.model.query_router, familiarity=None)
-    retriever.margin, retriever.blends = 1e9, {}  # every index promises enough, and only vectors count
-    queries = [*(row["text"] for row in rows), "find the metal nick10", "which fruit is nick11"]
+    retriever.blends = {}
+    yield retriever, [row["text"] for row in rows]
+    retriever.close()
+
+
+def test_a_query_whose_best_hit_has_no_domain_is_searched_again_as_the_base_would(with_rivers):
+    retriever, rivers = with_rivers
+    retriever.strange_limit = -np.inf  # every query searches the base's own index too
+    queries = [*rivers, "find the metal nick10", "which fruit is nick11"]
     found = retriever.rank(queries, 5)
     assert 0 < sum(route.abstained for route in found.routes) < len(queries)
-    as_base = retriever.search_batch(queries, 5, route="base")
+    assert found.routes == retriever.route(queries)
+    as_base = retriever.search_batch(queries, 50, route="base")
     for own, base, route, indexes in zip(retriever.hits(found), as_base, found.routes, found.indexes, strict=True):
         if route.abstained:
-            assert [hit.id for hit in own] == [hit.id for hit in base]
-            assert not route.experts and len(indexes) == 3
+            assert not route.experts and "base" in indexes
+            assert [hit.id for hit in own] == [hit.id for hit in base if hit.expert in indexes][:5]
         else:
             assert own[0].expert != "base" and route.experts
 
 
-def test_an_unfamiliar_query_is_foreign_only_where_documents_that_no_expert_owns_promise_as_much(
-    tmp_path, monkeypatch, model_folder, two_domains
-):
-    """To this router every query is unfamiliar; what the index holds tells which are foreign."""
-    place_by_router(monkeypatch, 1.1)
-    foreign = [row["text"] for row in loose_corpus(tmp_path / "loose.jsonl")]
-    known = [read_corpus(path / "corpus.jsonl")[0].contents for path in two_domains.values()]
-    for name, loose in (("alone", []), ("mixed", [tmp_path / "loose.jsonl"])):
-        build_index(model_folder, tmp_path / name, two_domains, loose)
-        retriever = moeret.Retriever.load(tmp_path / name)
-        familiar = retriever.model.query_router
-        unfamiliar = dataclasses.replace(familiar.familiarity, limit=1.1)
-        retriever.model.query_router = dataclasses.replace(familiar, familiarity=unfamiliar)
-        assert all(route.abstained for route in retriever.model.route([*foreign, *known]))
-        found = retriever.rank([*foreign, *known], 1)
-        assert [route.abstained for route in found.routes] == [name == "mixed"] * len(foreign) + [False] * len(known)
-        assert found.routes == retriever.route([*foreign, *known])
-        scores = [hits[0].score for hits in retriever.hits(found)]
-        retriever.model.query_router = dataclasses.replace(familiar, familiarity=None)
-        by_experts = [hits[0].score for hits in retriever.search_batch([*foreign, *known], 1)]
-        if name == "alone":
-            np.testing.assert_allclose(scores, by_experts, atol=1e-5)
-        else:
-            base = [hits[0].score for hits in retriever.search_batch(foreign, 1, route="base")]
-            np.testing.assert_allclose(scores, [*base, *by_experts[len(foreign) :]], atol=1e-5)
-        retriever.close()
+def test_the_lower_the_limit_the_more_queries_search_the_base_s_own_index(with_rivers):
+    retriever, rivers = with_rivers
+    known = [f"find the {name} nick{number}" for name in ("fruit", "metal") for number in range(12)]
+    dev, before = retriever.strange_limit, np.zeros(len(rivers) + len(known), bool)
+    for retriever.strange_limit in (np.inf, dev + 1, dev, dev - 1, dev - 2, -np.inf):
+        found = retriever.rank([*rivers, *known], 1)
+        strange = np.array(["base" in indexes for indexes in found.indexes])
+        assert (before <= strange).all()
+        assert not any(route.abstained for route, own in zip(found.routes, strange, strict=True) if not own)
+        before = strange
+    assert strange.all()
 
 
 def test_an_index_of_loose_documents_alone(tmp_path, monkeypatch, model_folder):

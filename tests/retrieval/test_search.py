@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUERIES, assert_ranked, place_by_router, write_jsonl
+from conftest import QUERIES, assert_ranked, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +19,6 @@ from moeret.models.memory import Blend
 from moeret.models.model import Model
 
 TOLERANCE = 2e-5
-NOWHERE_ELSE, EVERYWHERE = -1e9, 1e9
-"""Margins with which no other index, or every index, promises enough to be searched."""
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +217,6 @@ def routes_of(retriever, route):
 
 def test_auto_searches_the_indexes_of_the_chosen_experts(index_folder):
     retriever = Retriever.load(index_folder)
-    retriever.margin = NOWHERE_ELSE
     found = retriever.rank(QUERIES, 24)
     assert found.routes == retriever.route(QUERIES)
     for route, hits, indexes in zip(found.routes, retriever.hits(found), found.indexes, strict=True):
@@ -228,54 +225,6 @@ def test_auto_searches_the_indexes_of_the_chosen_experts(index_folder):
         np.testing.assert_allclose(sum(route.experts.values()), 1, atol=1e-5)
         np.testing.assert_allclose(sum(route.probabilities.values()), 1, atol=1e-5)
     retriever.close()
-
-
-def test_a_wider_margin_searches_more_indexes_with_the_same_vector(
-    tmp_path, monkeypatch, model_folder, two_domains, index_folder
-):
-    place_by_router(monkeypatch, -1.0)
-    copies = [
-        json.loads(line) for path in two_domains.values() for line in (path / "corpus.jsonl").read_text().splitlines()
-    ]
-    write_jsonl(tmp_path / "loose.jsonl", [{**row, "_id": f"loose{number}"} for number, row in enumerate(copies)])
-    moeret.build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
-    loaded = Retriever.load(tmp_path / "index")
-    everything = loaded.rank(QUERIES, 24, route="all")
-    before = [set()] * len(QUERIES)
-    for loaded.margin in (NOWHERE_ELSE, 0.0, 0.3, 1.0, EVERYWHERE):
-        found = loaded.rank(QUERIES, 24)
-        assert all(less <= {*indexes} for less, indexes in zip(before, found.indexes, strict=True))
-        before = [{*indexes} for indexes in found.indexes]
-    assert found.indexes == everything.indexes
-    for hits, wanted in zip(loaded.hits(found), loaded.hits(everything), strict=True):
-        assert_same_hits(hits, wanted)
-    loaded.close()
-    only_domains = Retriever.load(index_folder)
-    only_domains.margin = EVERYWHERE
-    assert {len(indexes) for indexes in only_domains.rank(QUERIES, experts=1).indexes} == {1}
-    only_domains.close()
-
-
-def test_a_document_in_another_index_than_its_querys_is_found(tmp_path, monkeypatch, model_folder, two_domains):
-    """The router knows only what a query looks like; a sketch tells that the other index has just that document."""
-    place_by_router(monkeypatch, -1.0, bias=np.float32([1e3, 0]))  # all documents without a domain to fruit
-    rows = [json.loads(line) for line in (two_domains["metal"] / "corpus.jsonl").read_text().splitlines()]
-    strays = [{**row, "_id": f"stray-{row['_id']}"} for row in rows[:6]]
-    write_jsonl(tmp_path / "strays.jsonl", strays)
-    write_jsonl(tmp_path / "metal" / "corpus.jsonl", rows[6:])
-    folders = {"fruit": two_domains["fruit"], "metal": tmp_path / "metal"}
-    moeret.build_index(model_folder, tmp_path / "index", folders, [tmp_path / "strays.jsonl"])
-    loaded = Retriever.load(tmp_path / "index")
-    loaded.model.query_router = dataclasses.replace(loaded.model.query_router, slots=1, familiarity=None)
-    loaded.margin = 0.0  # so few documents are a sketch themselves: it promises just what is found
-    texts = [row["text"] for row in strays]
-    texts = [text for text, route in zip(texts, loaded.route(texts), strict=True) if route.experts.keys() == {"metal"}]
-    best = [hits[0].id for hits in loaded.search_batch(texts, 1)]
-    assert best == [hits[0].id for hits in loaded.search_batch(texts, 1, route="all")]
-    assert any(id.startswith("stray-") for id in best)
-    loaded.margin = NOWHERE_ELSE
-    assert not any(hits[0].id.startswith("stray-") for hits in loaded.search_batch(texts, 1))
-    loaded.close()
 
 
 def test_an_unknown_route_is_refused_with_the_known_ones(retriever):
@@ -288,7 +237,7 @@ def test_an_unknown_route_is_refused_with_the_known_ones(retriever):
 def test_experts_limits_how_many_a_query_uses(index_folder):
     loaded = Retriever.load(index_folder)
     router = dataclasses.replace(loaded.model.query_router, minimum=0.0, familiarity=None)
-    loaded.model.query_router, loaded.margin = router, NOWHERE_ELSE
+    loaded.model.query_router = router
     for experts in (1, 2, 99):
         found = loaded.rank(QUERIES, 5, experts=experts)
         assert {len(route.experts) for route in found.routes} == {min(experts, 2)}
