@@ -12,17 +12,20 @@ Expected: as for experiments.pooled_domains. Writes its section into BENCHMARKS.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 import moeret
-from experiments.pooled_domains import RIVALS, named_apart, run_seed
+from experiments.folders import named_apart
+from experiments.pooled_domains import RIVALS, run_seed
 from experiments.pooled_report import report
 from moeret.config import TrainConfig
+from moeret.data.beir import Domain, Judged, read_domain, write_domain
 from moeret.data.docstrings import installed_libraries, write_domains
+from moeret.types import Document
 from scripts.benchmarks import write_section
 
 LIBRARIES = ("python", "numpy", "flax", "huggingface_hub")
@@ -33,10 +36,8 @@ SPLITS = {"train": 0.6, "dev": 0.75, "test": 1.0}
 LEAST_WORDS = 30
 """A shorter paragraph of an article is read with the next one."""
 
-Documents = dict[str, tuple[str, str]]
-"""Document id -> (title, text)."""
-Judged = list[tuple[str, list[str]]]
-"""(query, ids of its relevant documents) pairs."""
+Source = tuple[list[Document], list[tuple[str, list[str]]]]
+"""Documents, and (query, ids of its relevant documents) pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +57,14 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     data = arguments.out / "data"
     trained = {
-        name: write_beir(data / name, *read(arguments.sources))
+        name: write_domain(split(name, data / name, *read(arguments.sources)))
         for name, read in (("covid-qa", covid_qa), ("pubmedqa", pubmedqa), ("climate-fever", climate_fever))
     }
     libraries = write_domains(data, per_library=PER_LIBRARY, libraries=len(installed_libraries()))
     trained |= {name: libraries[name] for name in LIBRARIES}
-    foreign = {name: named_apart(name, all_as_test(libraries[name]), data / "foreign" / name) for name in FOREIGN}
+    foreign = {
+        name: write_domain(named_apart(all_as_test(name, libraries[name]), data / "foreign" / name)) for name in FOREIGN
+    }
     ours = TrainConfig(precision=arguments.precision)
     scores, _ = run_seed(arguments.out, trained, foreign, ours, RIVALS[:1], queries=None, first=True)
     body = report([scores], list(trained), FOREIGN, dataclasses.asdict(ours))
@@ -69,10 +72,10 @@ def main() -> None:
     write_section("other-domains", "Domains that moeret was not made with", body)
 
 
-def covid_qa(sources: Path) -> tuple[Documents, Judged]:
+def covid_qa(sources: Path) -> Source:
     """Questions about articles on coronaviruses; a document is a paragraph, relevant where the answer stands in it."""
     articles = json.loads((sources / "COVID-QA/data/question-answering/200423_covidQA.json").read_text())["data"]
-    documents, judged = {}, []
+    documents, judged = [], []
     for [article] in (entry["paragraphs"] for entry in articles):
         title = article["context"].split("\n", 1)[0]
         starts = {}
@@ -80,7 +83,7 @@ def covid_qa(sources: Path) -> tuple[Documents, Judged]:
             id = f"{article['document_id']}-{start}"
             starts[start] = id
             if text:
-                documents[id] = (title, text)
+                documents.append(Document(id, text, title))
         for question in article["qas"]:
             answers = [answer["answer_start"] for answer in question["answers"]]
             relevant = {starts[max(start for start in starts if start <= answer)] for answer in answers}
@@ -98,57 +101,51 @@ def paragraphs(text: str) -> Iterator[tuple[int, str]]:
             begin = end
 
 
-def pubmedqa(sources: Path) -> tuple[Documents, Judged]:
+def pubmedqa(sources: Path) -> Source:
     """Titles of medical papers that are questions, and the abstracts without their conclusions."""
     papers = json.loads((sources / "pubmedqa/data/ori_pqal.json").read_text())
-    documents = {id: ("", " ".join(paper["CONTEXTS"])) for id, paper in papers.items()}
+    documents = [Document(id, " ".join(paper["CONTEXTS"])) for id, paper in papers.items()]
     return documents, [(paper["QUESTION"], [id]) for id, paper in papers.items()]
 
 
-def climate_fever(sources: Path) -> tuple[Documents, Judged]:
+def climate_fever(sources: Path) -> Source:
     """Claims about the climate, and the Wikipedia sentences that support or refute them."""
     lines = (sources / "climate-fever-dataset/dataset/climate-fever.jsonl").read_text().splitlines()
     documents, judged = {}, []
     for claim in map(json.loads, lines):
         relevant = []
         for evidence in claim["evidences"]:
-            documents[evidence["evidence_id"]] = (evidence["article"], evidence["evidence"])
+            id = evidence["evidence_id"]
+            documents[id] = Document(id, evidence["evidence"], evidence["article"])
             if evidence["evidence_label"] != "NOT_ENOUGH_INFO":
-                relevant.append(evidence["evidence_id"])
+                relevant.append(id)
         if relevant:
             judged.append((claim["claim"], sorted(set(relevant))))
-    return documents, judged
+    return [*documents.values()], judged
 
 
-def write_beir(folder: Path, documents: Documents, judged: Judged) -> Path:
-    """Writes a BEIR folder whose splits follow the hashes of the queries; a query asked twice is asked once, of all it names."""
+def split(name: str, path: Path, documents: list[Document], judged: list[tuple[str, list[str]]]) -> Domain:
+    """A domain whose splits follow the hashes of the queries; a query asked twice is asked once, of all that it names."""
     queries: dict[str, set[str]] = {}
     for query, relevant in judged:
         queries.setdefault(" ".join(query.split()), set()).update(relevant)
     ids = {query: hashlib.sha256(query.encode()).hexdigest()[:12] for query in queries}
-    ordered = sorted(queries, key=lambda query: ids[query])
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    corpus = ({"_id": id, "title": title, "text": text} for id, (title, text) in documents.items())
-    _write_lines(folder / "corpus.jsonl", map(json.dumps, corpus))
-    _write_lines(folder / "queries.jsonl", (json.dumps({"_id": ids[query], "text": query}) for query in ordered))
-    first = 0
-    for split, share in SPLITS.items():
+    ordered, splits, first = sorted(queries, key=lambda query: ids[query]), {}, 0
+    for part, share in SPLITS.items():
         last = round(share * len(ordered))
-        rows = (f"{ids[query]}\t{id}\t1" for query in ordered[first:last] for id in sorted(queries[query]))
-        _write_lines(folder / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *rows])
-        first = last
-    return folder
+        own = ordered[first:last]
+        qrels = {ids[query]: dict.fromkeys(sorted(queries[query]), 1) for query in own}
+        splits[part], first = Judged({ids[query]: query for query in own}, qrels), last
+    return Domain(name, path, documents, splits)
 
 
-def all_as_test(folder: Path) -> Path:
-    """The folder with all its judgments in the test split: a foreign domain is not trained on."""
-    judged = [line for split in SPLITS for line in (folder / "qrels" / f"{split}.tsv").read_text().splitlines()[1:]]
-    _write_lines(folder / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", *dict.fromkeys(judged)])
-    return folder
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def all_as_test(name: str, path: Path) -> Domain:
+    """The domain with all its queries in the test split: a foreign domain is not trained on."""
+    domain = read_domain(name, path, (*SPLITS,))
+    parts = domain.splits.values()
+    queries = {id: text for own in parts for id, text in own.queries.items()}
+    qrels = {id: documents for own in parts for id, documents in own.qrels.items()}
+    return dataclasses.replace(domain, splits={"test": Judged(queries, qrels)})
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ import tyro
 
 import moeret
 from experiments.blended_rival import blended_system
+from experiments.folders import excerpt, named_apart
 from experiments.pilots import pilot_system
 from experiments.pooled_report import draw, report, summary
 from moeret.config import TrainConfig
-from moeret.data.beir import sample, seen_queries
+from moeret.data.beir import read_domain, sample, seen_queries, write_domain
 from moeret.evaluation.baselines import System, bm25_system, exact_system, fused_system
 from moeret.evaluation.benchmark import cost, router_report, search_route, search_system
 from moeret.evaluation.testsets import TestSet, read_test_sets, score
@@ -49,8 +50,8 @@ TRAINED = (
 FOREIGN = ("cranfield", "cisi", "cacm")
 QUICK = ("nl2bash", "conala", "checkthat20")
 """Short documents and few queries."""
-QUICK_QUERIES = 50
-"""Test queries a domain at most."""
+QUICK_QUERIES, QUICK_DOCUMENTS = {"train": 800, "dev": 100, "test": 50}, 1000
+"""Of each domain at most; documents beside those that are relevant to these queries."""
 RIVALS = ((None, 6e-4), (64, 2e-3), (None, 1e-3))
 """(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
 other seeds take the first's choice. The larger the rank, the further a delta moves at the same rate: rank 224 diverges at 2e-3."""
@@ -89,19 +90,18 @@ def main() -> None:
         ours = dataclasses.replace(ours, steps=40, shared_steps=40, evaluate_every=20, dev_queries=100)
     out = arguments.out / "quick" if arguments.quick else arguments.out
     trained = {name: arguments.data / name for name in names}
-    strangers = {name: named_apart(name, arguments.data / name, out / "foreign" / name) for name in foreign}
+    if arguments.quick:
+        read = [read_domain(name, path, ("train", "test"), ("dev",)) for name, path in trained.items()]
+        small = [excerpt(own, out / "data" / own.name, QUICK_QUERIES, QUICK_DOCUMENTS) for own in read]
+        trained = {own.name: write_domain(own) for own in small}
+    strangers = {}
+    for name in foreign:
+        domain = read_domain(name, arguments.data / name, ("test",))
+        strangers[name] = write_domain(named_apart(domain, out / "foreign" / name))
     scores, tried = [], (RIVALS[1:2] if arguments.quick else RIVALS)[: arguments.rivals]
     for seed in range(1 if arguments.quick else arguments.seeds):
-        place = out / f"seed-{seed}"
-        found, tried = run_seed(
-            place,
-            trained,
-            strangers,
-            dataclasses.replace(ours, seed=seed),
-            tried,
-            queries=QUICK_QUERIES if arguments.quick else arguments.queries,
-            first=seed == 0,
-        )
+        place, own = out / f"seed-{seed}", dataclasses.replace(ours, seed=seed)
+        found, tried = run_seed(place, trained, strangers, own, tried, queries=arguments.queries, first=seed == 0)
         scores.append(found)
     body = report(scores, names, foreign, dataclasses.asdict(ours))
     print(body)
@@ -109,20 +109,6 @@ def main() -> None:
         write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
         write_block(FILE.with_name("README.md"), "results", summary(scores, names))
         draw(FILE.parent / "docs" / "pooled-domains.svg", scores, names)
-
-
-def named_apart(name: str, source: Path, out: Path) -> Path:
-    """A copy of a BEIR folder whose documents carry its name in their ids: corpora without a domain share one index."""
-    (out / "qrels").mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in (source / "corpus.jsonl").read_text().splitlines()]
-    corpus = [json.dumps({**row, "_id": f"{name}-{row['_id']}"}) + "\n" for row in rows]
-    (out / "corpus.jsonl").write_text("".join(corpus))
-    head, *lines = (source / "qrels" / "test.tsv").read_text().splitlines()
-    judged = [line.split("\t") for line in lines]
-    named = [f"{query}\t{name}-{document}\t{score}\n" for query, document, score in judged]
-    (out / "qrels" / "test.tsv").write_text(f"{head}\n{''.join(named)}")
-    shutil.copy(source / "queries.jsonl", out)
-    return out
 
 
 def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rank: int | None, rate: float) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Reading BEIR folders, and saying what is wrong with them before any work is done.
+"""Reading BEIR folders, and saying what is wrong with them before any work is done; writing them.
 
 A folder holds `corpus.jsonl` ({"_id", "title", "text"} a line), `queries.jsonl` ({"_id", "text"}) and
 `qrels/SPLIT.tsv` (a header line, then query-id, corpus-id, score).
@@ -7,7 +7,7 @@ A folder holds `corpus.jsonl` ({"_id", "title", "text"} a line), `queries.jsonl`
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,24 @@ def read_domain(name: str, path: Path, splits: tuple[str, ...], optional: tuple[
     known = {document.id for document in corpus}
     judged = {split: _judged(queries, read_qrels(file, queries.keys(), known), file) for split, file in present.items()}
     return Domain(name, path, corpus, judged)
+
+
+def write_domain(domain: Domain) -> Path:
+    """Writes the domain's BEIR folder, with its corpus and splits, and returns where it is. No id may hold a tab or a line end."""
+    folder = domain.path
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    corpus = ({"_id": own.id, "title": own.title, "text": own.text} for own in domain.corpus)
+    queries = {id: text for judged in domain.splits.values() for id, text in judged.queries.items()}
+    _write_lines(folder / "corpus.jsonl", map(json.dumps, corpus))
+    _write_lines(folder / "queries.jsonl", (json.dumps({"_id": id, "text": text}) for id, text in queries.items()))
+    for split, judged in domain.splits.items():
+        rows = (f"{query}\t{id}\t{score}" for query, own in judged.qrels.items() for id, score in own.items())
+        _write_lines(folder / "qrels" / f"{split}.tsv", ("query-id\tcorpus-id\tscore", *rows))
+    return folder
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _judged(queries: dict[str, str], qrels: Qrels, file: Path) -> Judged:

@@ -8,7 +8,6 @@ import ast
 import importlib.metadata
 import importlib.util
 import inspect
-import json
 import re
 import sysconfig
 import warnings
@@ -16,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeret.data.beir import sample_ids
+from moeret.data.beir import Domain, Judged, sample_ids, write_domain
 from moeret.errors import DataError
+from moeret.types import Document
 
 STANDARD_LIBRARY = "python"
 _SKIPPED = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor", "examples"}
@@ -78,7 +78,7 @@ def write_domains(out: Path, *, per_library: int, libraries: int) -> dict[str, P
             "fewer than two installed libraries have 100 usable docstrings, so there is nothing to route between"
         )
     best = sorted(usable, key=lambda name: (name != STANDARD_LIBRARY, -len(usable[name]), name))[:libraries]
-    return {name: _write_domain(out / name, usable[name], per_library) for name in best}
+    return {name: write_domain(_domain(name, out / name, usable[name], per_library)) for name in best}
 
 
 def _documented(path: Path, prefix: str) -> Iterator[Entry]:
@@ -112,22 +112,14 @@ def _normal(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def _write_domain(folder: Path, entries: list[Entry], most: int) -> Path:
+def _domain(name: str, folder: Path, entries: list[Entry], most: int) -> Domain:
     by_name = {f"{entry.name}#{number}": entry for number, entry in enumerate(entries)}
     chosen = {id: by_name[id] for id in sample_ids(by_name, most)}
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    documents = ({"_id": id, "title": entry.name, "text": entry.rest} for id, entry in chosen.items())
-    _write_lines(folder / "corpus.jsonl", (json.dumps(row) for row in documents))
-    queries = ({"_id": f"ask-{id}", "text": entry.summary} for id, entry in chosen.items())
-    _write_lines(folder / "queries.jsonl", (json.dumps(row) for row in queries))
-    ids, start = list(chosen), 0.0
+    corpus = [Document(id, entry.rest, entry.name) for id, entry in chosen.items()]
+    ids, start, splits = list(chosen), 0.0, {}
     for split, share in _SPLITS.items():
         own = ids[round(start * len(ids)) : round((start + share) * len(ids))]
         start += share
-        rows = (f"ask-{id}\t{id}\t1" for id in own)
-        _write_lines(folder / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *rows])
-    return folder
-
-
-def _write_lines(path: Path, lines) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        queries = {f"ask-{id}": chosen[id].summary for id in own}
+        splits[split] = Judged(queries, {f"ask-{id}": {id: 1} for id in own})
+    return Domain(name, folder, corpus, splits)

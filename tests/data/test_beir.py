@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeret.data.beir import (
+    Domain,
     Judged,
     carve_dev,
     check_name,
@@ -19,6 +20,7 @@ from moeret.data.beir import (
     read_queries,
     sample,
     sample_ids,
+    write_domain,
 )
 from moeret.errors import DataError
 from moeret.types import Document
@@ -256,6 +258,18 @@ def test_a_domain_has_the_queries_with_something_relevant(folder):
     assert domain.splits["train"].qrels == {"q0": {"d0": 1, "d1": 0}, "q1": {"d1": 2}}
     assert domain.splits["test"].qrels == {"q2": {"d2": 1}}
     assert [document.id for document in domain.corpus] == ["d0", "d1", "d2"]
+
+
+@given(data=st.data(), texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=5))
+def test_a_domain_survives_a_trip_through_a_folder(tmp_path_factory, data, texts):
+    corpus = [Document(f"d{number}", text, text[::-1]) for number, text in enumerate(texts)]
+    splits = {}
+    for split in data.draw(st.sets(st.sampled_from(["train", "dev", "test"]))):
+        judged = st.dictionaries(st.sampled_from([own.id for own in corpus]), st.integers(1, 3), min_size=1)
+        qrels = {f"{split} q{number}": data.draw(judged) for number in range(data.draw(st.integers(1, 3)))}
+        splits[split] = Judged({query: f"what is {query}" for query in qrels}, qrels)
+    domain = Domain("law", tmp_path_factory.mktemp("law"), corpus, splits)
+    assert read_domain("law", write_domain(domain), (*splits,)) == domain
 
 
 def test_a_split_that_was_not_asked_for_is_not_even_opened(folder):

@@ -1,0 +1,31 @@
+"""Domains made over for an experiment: with ids of their own, or small."""
+
+import dataclasses
+from pathlib import Path
+
+from moeret.data.beir import Domain, Judged, sample, sample_ids
+
+
+def named_apart(domain: Domain, path: Path) -> Domain:
+    """The domain at another place, its name in its documents' ids: corpora without a domain share one index."""
+    corpus = [dataclasses.replace(document, id=f"{domain.name}-{document.id}") for document in domain.corpus]
+    splits = {
+        split: Judged(
+            own.queries,
+            {
+                query: {f"{domain.name}-{id}": score for id, score in documents.items()}
+                for query, documents in own.qrels.items()
+            },
+        )
+        for split, own in domain.splits.items()
+    }
+    return Domain(domain.name, path, corpus, splits)
+
+
+def excerpt(domain: Domain, path: Path, queries: dict[str, int], documents: int) -> Domain:
+    """The domain at another place: so many queries of each split, what is relevant to them, and so many other documents."""
+    splits = {split: sample(own, queries[split]) for split, own in domain.splits.items()}
+    relevant = {id for own in splits.values() for judged in own.qrels.values() for id in judged}
+    others = sample_ids((document.id for document in domain.corpus if document.id not in relevant), documents)
+    kept = relevant.union(others)
+    return Domain(domain.name, path, [document for document in domain.corpus if document.id in kept], splits)
