@@ -13,11 +13,11 @@ from moeret.data.lexical import Lexical, stems
 from moeret.evaluation.baselines import System
 from moeret.evaluation.testsets import TestSet, score
 from moeret.metrics import NDCG
-from moeret.models.memory import Blend, Memory
+from moeret.models.memory import Blend
 from moeret.retrieval.expert_index import ExpertIndex, build_memory
 from moeret.retrieval.hnsw import build_segment
 from moeret.retrieval.search import Retriever
-from moeret.training.blend import LEXICAL, MEMORY
+from moeret.training.blend import LEXICAL, MEMORY, remember
 
 
 def blended_system(
@@ -32,7 +32,7 @@ def blended_system(
         0,
         build_segment(retriever.vectors(), np.arange(len(documents)), exact),
         Lexical.of([document.contents for document in documents]),
-        build_memory(_memory(domains, encode), documents, 0, exact),
+        build_memory(remember(domains, encode), documents, 0, exact),
     )
 
     def system(blend: Blend) -> System:
@@ -49,14 +49,3 @@ def blended_system(
 
     best = max((Blend(lexical, memory) for lexical in LEXICAL for memory in MEMORY), key=mean)
     return system(best), best
-
-
-def _memory(domains: Sequence[Domain], encode: Callable[[Sequence[str]], np.ndarray]) -> Memory:
-    """The train queries of all domains and what they were answered with."""
-    vectors, answers = [], []
-    for domain in domains:
-        split = domain.splits["train"]
-        contents = {document.id: document.contents for document in domain.corpus}
-        vectors.append(encode([*split.queries.values()]))
-        answers += [[contents[id] for id, score in split.qrels[query].items() if score > 0] for query in split.queries]
-    return Memory.of(np.concatenate(vectors), answers)

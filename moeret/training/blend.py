@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from moeret.data.beir import Domain
 from moeret.data.lexical import Lexical, best, stems
 from moeret.models.memory import CANDIDATES, NEIGHBOURS, Blend, Memory, remembered
 from moeret.training.prepare import Prepared
@@ -21,7 +22,7 @@ LEXICAL = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
 MEMORY = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Weights tried for the memory, whose values are differences of cosines."""
 MOST_QUERIES = 65_536
-"""Train queries that a memory keeps at most."""
+"""Train queries of a domain that a memory keeps at most."""
 _PADDING = -4.0  # below any score, and below what counts as found
 
 Vectors = Float[np.ndarray, "Q D"]
@@ -69,7 +70,7 @@ class DevBlends:
 
         `queries` are its dev queries' unit vectors by the expert, which `encode` embeds its train queries with.
         """
-        own, memory = self._data.dev[number], self._memory(number, encode)
+        own, memory = self._data.dev[number], remember([self._data.domains[number]], encode)
         candidates = self._candidates(number, queries, memory)
         before = highest = candidates.ndcg(own, Blend())
         blend = Blend()
@@ -89,15 +90,6 @@ class DevBlends:
             )
 
         return max(map(Blend, LEXICAL), key=mean)
-
-    def _memory(self, number: int, encode: Callable[[Sequence[str]], Vectors]) -> Memory:
-        """A domain's train queries, or as many of them as a memory keeps."""
-        domain, first = self._data.domains[number], int(self._data.dev[number].documents[0])
-        queries = [*domain.splits["train"].queries.values()]
-        kept = np.sort(np.random.default_rng(0).permutation(len(queries))[:MOST_QUERIES])
-        answers = [self._data.sets[number].positives[row] - first for row in kept]
-        contents = [[domain.corpus[row].contents for row in own] for own in answers]
-        return Memory.of(encode([queries[row] for row in kept]), contents)
 
     def _candidates(self, number: int, queries: Vectors, memory: Memory | None = None) -> _Candidates:
         """What each of a domain's dev queries finds in its own index by vector, by words, and in a memory."""
@@ -124,3 +116,15 @@ class DevBlends:
                 for column, filler in zip(zip(*found, strict=True), (-1, _PADDING, 0.0, 0.0), strict=True)
             )
         )
+
+
+def remember(domains: Sequence[Domain], encode: Callable[[Sequence[str]], Vectors]) -> Memory:
+    """The train queries of domains, or as many of each as a memory keeps, and what they were answered with."""
+    texts, answers = [], []
+    for domain in domains:
+        split, contents = domain.splits["train"], {document.id: document.contents for document in domain.corpus}
+        queries = [*split.queries]
+        for row in np.sort(np.random.default_rng(0).permutation(len(queries))[:MOST_QUERIES]):
+            texts.append(split.queries[queries[row]])
+            answers.append([contents[id] for id, score in split.qrels[queries[row]].items() if score > 0])
+    return Memory.of(encode(texts), answers)
