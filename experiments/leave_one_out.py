@@ -26,8 +26,8 @@ from moeret.data.beir import Judged, sample
 from moeret.evaluation.benchmark import search_route
 from moeret.evaluation.testsets import read_test_sets, score
 from moeret.metrics import NDCG
+from moeret.retrieval.evidence import STRANGE_QUERIES, Evidence
 from moeret.retrieval.search import Rankings
-from moeret.retrieval.strangeness import STRANGE_QUERIES, Strangeness
 from moeret.training.prepare import read_domains
 from moeret.types import BASE_EXPERT
 from scripts.benchmarks import markdown_table, write_section
@@ -136,7 +136,7 @@ def _without(name: str, arguments: Arguments) -> dict[str, Any]:
     }
     sketches = load_file(retriever.index.path(retriever.index.meta["sketches"]))
     for share in SHARES:
-        retriever.strange_limit = Strangeness(retriever.model, sketches).limit(retriever.model, share)
+        retriever.strange_limit = Evidence(retriever.model.experts, sketches).limit(retriever.model, share)
         routed, found = run(domain.splits["dev"], "auto")
         indexes = float(np.mean([len(names) for names in found.indexes]))
         result["dev"][f"{share:.0%}"] = {"routed": routed, "indexes": indexes}

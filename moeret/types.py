@@ -45,7 +45,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What the router made of one query.
+    """What the router made of one query; what an index's documents say counts where a Retriever was asked.
 
     `probabilities` maps every expert's name to its probability (they sum to 1); `experts` are the chosen ones with the
     weights of their deltas, best first, and empty if the router `abstained` to the base.

@@ -25,10 +25,10 @@ from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import VECTORS, WORK, Model, read_memory
 from moeret.progress import Advance, progress_bar
 from moeret.retrieval.documents import write_documents
+from moeret.retrieval.evidence import Evidence
 from moeret.retrieval.expert_index import ExpertIndex, build_memory, write_index
 from moeret.retrieval.hnsw import build_segment
 from moeret.retrieval.sketch import make_sketch
-from moeret.retrieval.strangeness import Strangeness
 from moeret.types import BASE_EXPERT, Document
 
 KIND = "index"
@@ -246,7 +246,7 @@ def _write(
             "same": draft.add("same.safetensors", lambda path: save_file({"same": same}, path)),
         },
         "sketches": draft.add("sketches.safetensors", lambda path: save_file(sketches, path)),
-        "strange_limit": Strangeness(model, sketches).limit(model)
+        "strange_limit": Evidence(model.experts, sketches).limit(model)
         if model.tower == "query" and BASE_EXPERT in sketches
         else None,
         "experts": {name: {"documents": len(placed[name][0]), **entry} for name, entry in indexes.items()},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 
 from moeret import artifact
@@ -17,14 +17,16 @@ from moeret.data.lexical import stems
 from moeret.errors import ArtifactError
 from moeret.models.memory import Blend
 from moeret.models.model import Model, check_texts
+from moeret.models.router import Choice, Router
 from moeret.retrieval.build import KIND
 from moeret.retrieval.documents import DocumentStore
+from moeret.retrieval.evidence import Evidence
 from moeret.retrieval.expert_index import read_index
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
-from moeret.retrieval.sketch import promises
-from moeret.retrieval.strangeness import Strangeness
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
+_SAME_WEIGHT = 0.02
+"""A smaller change of every expert's weight is none."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 
@@ -82,10 +84,7 @@ class Retriever:
         self.blends: dict[str, Blend] = dict(model.blends)
         self._same = load_file(published.path(meta["documents"]["same"]))["same"]
         self._documents = DocumentStore(published.path(meta["documents"]["file"]))
-        self._sketches = load_file(published.path(meta["sketches"]))
-        self._strangeness = (
-            Strangeness(model, self._sketches) if model.tower == "query" and BASE_EXPERT in self.sizes else None
-        )
+        self._evidence = Evidence(model.experts, load_file(published.path(meta["sketches"])))
         self.strange_limit: float | None = meta["strange_limit"]
         self._calibration = {entry["name"]: entry["calibration"] for entry in model.published.meta["experts"]}
         self._calibration[BASE_EXPERT] = model.published.meta["base"]["calibration"]
@@ -236,14 +235,15 @@ class Retriever:
             vectors = model.embedder.mixed(texts, *model.mixture(route, count))
             return _Plan(everywhere * np.array(here, np.float32), _one_vector(vectors), [{route: 1.0}] * count, [])
         router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
-        if model.tower == "query":  # what the index holds tells what is strange, not familiarity
-            router = dataclasses.replace(router, familiarity=None)
-        choice, merged = model.embedder.routed(texts, router)
+        if model.tower == "query":
+            choice, merged, strange = self._routed(texts, router)
+        else:
+            choice, merged = model.embedder.routed(texts, router)
         routes = model.routes(choice)
         shares = [own.experts or {BASE_EXPERT: 1.0} for own in routes]
         chosen = np.array([[own.experts.get(name, 0.0) for name in self._names] for own in routes], np.float32)
         if model.tower == "query":
-            weights = everywhere if route == "all" else self._reached(chosen, choice.probabilities, merged)
+            weights = everywhere if route == "all" else self._reached(chosen, strange)
             return _Plan(weights, _one_vector(merged), shares, routes)
         weights = everywhere if route == "all" else self._in_own_spaces(chosen, routes)
 
@@ -252,23 +252,33 @@ class Retriever:
 
         return _Plan(weights, own_vectors, shares, routes)
 
-    def _reached(
-        self,
-        chosen: Float[np.ndarray, "Q I"],
-        probabilities: Float[np.ndarray, "Q E"],
-        vectors: Float[np.ndarray, "Q D"],
-    ) -> Float[np.ndarray, "Q I"]:
-        """The weights of the chosen indexes (if none, of the one that promises most), and of the base's own for strange queries."""
-        weights = chosen.copy()
-        none = ~chosen.any(axis=1)
-        if none.any():
-            promised = np.stack([promises(vectors[none], self._sketches[name]) for name in self._names], axis=1)
-            weights[none, promised.argmax(axis=1)] = 1.0
-        if self._strangeness:
-            strange = self._strangeness.of(vectors, probabilities) > self.strange_limit
+    def _routed(
+        self, texts: Sequence[str], router: Router
+    ) -> tuple[Choice, Float[np.ndarray, "Q D"], Bool[np.ndarray, "Q"]]:
+        """What the router chooses with the index's evidence, the vectors, and which queries are strange.
+
+        A query is embedded as the router alone has it, and again where the evidence changes that much.
+        """
+        embedder, router = self.model.embedder, dataclasses.replace(router, familiarity=None)
+        first, vectors = embedder.routed(texts, router)
+        probabilities, strangeness = self._evidence.weigh(vectors, first.probabilities)
+        choice = router.pick(probabilities)
+        before, after = (_by_expert(each, probabilities.shape[1]) for each in (first, choice))
+        same = np.abs(before - after).max(axis=1) < _SAME_WEIGHT
+        choice.experts[same], choice.weights[same] = first.experts[same], first.weights[same]
+        rows = np.flatnonzero(~same)
+        if len(rows):
+            vectors[rows] = embedder.mixed([texts[row] for row in rows], choice.experts[rows], choice.weights[rows])
+        limit = np.inf if self.strange_limit is None else self.strange_limit
+        return choice, vectors, strangeness > limit
+
+    def _reached(self, chosen: Float[np.ndarray, "Q I"], strange: Bool[np.ndarray, "Q"]) -> Float[np.ndarray, "Q I"]:
+        """The weights of the chosen indexes, and of the base's own for strange queries; of all where none is chosen."""
+        weights = np.where(chosen.any(axis=1, keepdims=True), chosen, 1.0).astype(np.float32)
+        if BASE_EXPERT in self.sizes:
             mean = weights.sum(axis=1) / (weights > 0).sum(axis=1)
             base = self._names.index(BASE_EXPERT)
-            weights[strange, base] = mean[strange]
+            weights[:, base] = np.where(strange, mean, weights[:, base])
         return weights
 
     def _in_own_spaces(self, chosen: Float[np.ndarray, "Q I"], routes: Sequence[Route]) -> Float[np.ndarray, "Q I"]:
@@ -316,6 +326,13 @@ class Retriever:
                 route != BASE_EXPERT, "the base cannot search this index: its documents are in their experts' spaces"
             )
             require(fusion != "score", "scores of different document spaces cannot be compared; use calibrated or rrf")
+
+
+def _by_expert(choice: Choice, experts: int) -> Float[np.ndarray, "Q E"]:
+    """Each query's weight of each expert."""
+    weights = np.zeros((len(choice.weights), experts), np.float32)
+    np.put_along_axis(weights, choice.experts - 1, choice.weights, axis=1)
+    return weights
 
 
 def _require_count(value: int, name: str) -> None:

@@ -249,7 +249,8 @@ def test_a_query_whose_expert_has_no_index_here_searches_what_is_here(tmp_path, 
     moeret.build_index(model_folder, tmp_path / "index", {"fruit": domains["fruit"]})
     loaded = Retriever.load(tmp_path / "index")
     query = "find the metal nick3 iron steel"
-    assert max(loaded.route([query])[0].probabilities.items(), key=lambda item: item[1])[0] == "metal"
+    assert max(loaded.model.route([query])[0].probabilities.items(), key=lambda item: item[1])[0] == "metal"
+    assert loaded.route([query])[0].experts == {"fruit": 1.0}
     assert len(loaded.search(query, 12)) == 12
     with pytest.raises(moeret.ConfigError, match="no documents of expert metal; it has fruit"):
         loaded.search(query, route="metal")
