@@ -1,7 +1,7 @@
 """Judged queries of many domains over one pool of rows, and what a ranking of rows scores on them.
 
-Every document of an index has one name per test set: its id if it belongs to the set's domain, expert/id otherwise, so that
-ids of two domains that meet by accident stay two documents.
+Every document of an index has one name per test set, however many rows it has: its id if it belongs to the set's domain,
+expert/id otherwise, so that ids of two domains that meet by accident stay two documents.
 """
 
 from collections.abc import Sequence
@@ -40,11 +40,10 @@ class TestSet:
         cls, name: str, judged: Judged, documents: dict[str, Document], held: Sequence[tuple[str, Document]]
     ) -> "TestSet":
         """A domain's test set over an index whose rows are `held`: each row's expert and document."""
-        names = [
-            document.id if documents.get(document.id) == document else _foreign(documents, expert, document)
-            for expert, document in held
-        ]
-        return cls(name, judged, documents, names)
+        names: dict[Document, str] = {document: document.id for document in documents.values()}
+        for expert, document in held:
+            names.setdefault(document, _foreign(documents, expert, document))
+        return cls(name, judged, documents, [names[document] for _, document in held])
 
     def run_of(self, query: str, ranked: Ranked, depth: int = DEPTH) -> dict[str, float]:
         """Name -> score of the first documents for a query.

@@ -64,6 +64,13 @@ def hits_of(*hits: tuple[str, str, str]) -> list[Hit]:
     return [Hit(id, 0.9 - rank / 10, rank + 1, expert, "", text) for rank, (expert, id, text) in enumerate(hits)]
 
 
+def test_a_document_has_one_name_however_many_rows_it_has():
+    own, other = Document("7", "apple pear"), Document("7", "the rhine")
+    rows = [("base", other), ("fruit", own), ("metal", other), ("metal", own)]
+    test = TestSet.of("fruit", Judged({}, {}), {"7": own}, rows)
+    assert test.names == ["base/7", "7", "base/7", "7"]
+
+
 def test_the_report_has_the_promised_shape_and_is_json(retriever, two_domains):
     report = json.loads(json.dumps(moeret.evaluate(retriever, two_domains)))
     assert report.keys() == {"split", "route", "domains", "mean", "router", "cost"}
