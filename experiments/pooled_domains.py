@@ -310,7 +310,7 @@ def evaluate(
         "router": routing,
         "abstained": abstained,
         "seen": {test.name: seen_queries(test.judged, train_splits[test.name]).tolist() for test in home},
-        "documents": sum(retriever.sizes.values()),
+        "documents": retriever.index.meta["documents"]["count"],
         "sizes": retriever.sizes,
     }
 

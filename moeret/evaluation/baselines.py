@@ -10,22 +10,26 @@ from moeret.data.lexical import Lexical, best, stems
 from moeret.retrieval.fusion import Ranking, fuse
 from moeret.retrieval.hnsw import build_segment, exact_search
 from moeret.retrieval.search import Retriever
+from moeret.types import Document
 
 System = Callable[[Sequence[str], int], list[tuple[np.ndarray, np.ndarray]]]
 """(query texts, k) -> each query's (rows, scores), best first."""
 
 
 def bm25_system(retriever: Retriever) -> System:
-    """BM25 over titles and texts of every document."""
-    lexical = Lexical.of([document.contents for _, document in retriever.held()])
+    """BM25 over titles and texts of every document, one that lies in two indexes counted once."""
+    first: dict[Document, int] = {}
+    for row, (_, document) in enumerate(retriever.held()):
+        first.setdefault(document, row)
+    lexical, held = Lexical.of([document.contents for document in first]), np.array([*first.values()])
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         found = []
         for query in stems(texts):
             scores = lexical.scores(query)
-            rows = best(scores, k)
-            rows = rows[np.lexsort((rows, -scores[rows]))]
-            found.append((rows, scores[rows]))
+            places = best(scores, k)
+            places = places[np.lexsort((places, -scores[places]))]
+            found.append((held[places], scores[places]))
         return found
 
     return search
