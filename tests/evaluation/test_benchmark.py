@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_domain, write_jsonl
+from conftest import place_by_router, write_domain, write_jsonl
 
 import moeret
 from moeret import Retriever, metrics
 from moeret.data.beir import Judged, read_domain
+from moeret.evaluation.baselines import bm25_system
 from moeret.evaluation.tables import report_tables
 from moeret.evaluation.testsets import Result, TestSet, read_test_sets
 from moeret.evaluation.testsets import score as score_sets
@@ -69,6 +70,20 @@ def test_a_document_has_one_name_however_many_rows_it_has():
     rows = [("base", other), ("fruit", own), ("metal", other), ("metal", own)]
     test = TestSet.of("fruit", Judged({}, {}), {"7": own}, rows)
     assert test.names == ["base/7", "7", "base/7", "7"]
+
+
+def test_bm25_ranks_a_document_of_two_indexes_once(tmp_path, monkeypatch, model_folder, two_domains):
+    place_by_router(monkeypatch, -1.0)  # every document without a domain lies in an expert's index too
+    write_jsonl(tmp_path / "loose.jsonl", [{"_id": f"loose{n}", "text": f"orinoco story {n}"} for n in range(3)])
+    moeret.build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
+    retriever = Retriever.load(tmp_path / "index")
+    held = retriever.held()
+    assert len(held) == len({document for _, document in held}) + 3
+    [(rows, scores)] = bm25_system(retriever)(["orinoco story"], len(held))
+    found = [held[row][1] for row in rows]
+    assert len(found) == len({*found}) == len(held) - 3
+    assert {document.id for document in found[:3]} == {"loose0", "loose1", "loose2"}
+    assert (np.diff(scores) <= 0).all()
 
 
 def test_the_report_has_the_promised_shape_and_is_json(retriever, two_domains):
