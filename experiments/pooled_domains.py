@@ -50,7 +50,7 @@ TRAINED = (
 FOREIGN = ("cranfield", "cisi", "cacm")
 QUICK = ("nl2bash", "conala", "checkthat20")
 """Short documents and few queries."""
-QUICK_QUERIES, QUICK_DOCUMENTS = {"train": 800, "dev": 100, "test": 50}, 1000
+QUICK_QUERIES, QUICK_DOCUMENTS = {"train": 400, "dev": 50, "test": 40}, 500
 """Of each domain at most; documents beside those that are relevant to these queries."""
 RIVALS = ((None, 6e-4), (64, 2e-3), (None, 1e-3))
 """(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
@@ -87,7 +87,7 @@ def main() -> None:
     names, foreign = (QUICK, FOREIGN[:1]) if arguments.quick else (TRAINED, FOREIGN)
     ours = TrainConfig(precision=arguments.precision)
     if arguments.quick:
-        ours = dataclasses.replace(ours, steps=40, shared_steps=40, evaluate_every=20, dev_queries=100)
+        ours = dataclasses.replace(ours, steps=16, shared_steps=16, evaluate_every=8)
     out = arguments.out / "quick" if arguments.quick else arguments.out
     trained = {name: arguments.data / name for name in names}
     if arguments.quick:
