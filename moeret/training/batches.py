@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moeret.config import TrainConfig, require
 from moeret.data.buckets import Batch, bucket_edges, pad
 from moeret.data.negatives import mine_hard_negatives
-from moeret.data.plan import TRAINING_BUCKETS, BatchPlan
+from moeret.data.plan import BatchPlan, training_buckets
 from moeret.models.encoder import EncoderConfig, cast_kernels
 from moeret.training.losses import Pool
 from moeret.training.mesh import replicate, shard_rows
@@ -66,12 +66,14 @@ class Batches:
         self._sets, self._config, self._document_ids, self._shared = sets, config, document_ids, shared
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
         names = [own.name for own in sets]
-        self._plan = BatchPlan.make(names, lengths, config.batch_size, config.seed, mesh.size)
+        self._plan = BatchPlan.make(names, lengths, config.batch_size, config.seed, int(self.limits.max()), mesh.size)
         if document_ids is None:
             most = max(len(positives) for own in sets for positives in own.positives)
             self._positives = [_padded(own.positives, most) for own in sets]
         else:
-            self._document_edges = bucket_edges(np.array([len(ids) for ids in document_ids]), TRAINING_BUCKETS)
+            self._document_edges = bucket_edges(
+                np.array([len(ids) for ids in document_ids]), training_buckets(self.limits.max())
+            )
             self._mined = [self._mine(pool, own) for own in sets]
 
     def step(self, step: int, active: Bool[np.ndarray, "E"]) -> Iterator[tuple[Int[Array, ""], QueryBatch | PairBatch]]:

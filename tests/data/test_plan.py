@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeret.data.plan import TRAINING_BUCKETS, WINDOW, BatchPlan
+from moeret.data.plan import STEPS_A_SHAPE, TRAINING_BUCKETS, WINDOW, BatchPlan
 
 NAMES = ("law", "medicine", "code", "finance")
 lengths_of_queries = st.lists(st.integers(2, 60), min_size=1, max_size=30).map(np.array)
@@ -14,8 +14,8 @@ batch_sizes = st.integers(1, 40)
 seeds = st.integers(0, 5)
 
 
-def make(own: dict[str, np.ndarray], batch_size: int, seed: int = 0, devices: int = 1) -> BatchPlan:
-    return BatchPlan.make(list(own), list(own.values()), batch_size, seed, devices)
+def make(own: dict[str, np.ndarray], batch_size: int, seed: int = 0, devices: int = 1, steps: int = 1000) -> BatchPlan:
+    return BatchPlan.make(list(own), list(own.values()), batch_size, seed, steps, devices)
 
 
 def read(plan: BatchPlan, expert: int, steps: int) -> np.ndarray:
@@ -74,6 +74,14 @@ def test_a_batch_fits_its_shape_and_the_devices_share_it_equally(own, batch_size
         assert len(batch.rows) == batch_size <= batch.size < batch_size + devices
         assert batch.size % devices == 0
         assert batch.edge == min(edge for edge in plan.edges if edge >= lengths[batch.rows].max())
+
+
+@settings(deadline=None)
+@given(own=experts, batch_size=batch_sizes, steps=st.integers(0, 1000), step=st.integers(0, 20))
+def test_few_steps_compile_few_shapes_and_read_the_same_queries(own, batch_size, steps, step):
+    plan, long = make(own, batch_size, steps=steps), make(own, batch_size)
+    assert len(plan.edges) <= max(2, steps // STEPS_A_SHAPE)
+    assert plan.batch(step, 0).rows.tolist() == long.batch(step, 0).rows.tolist()
 
 
 def test_sorting_inside_a_window_leaves_little_padding_and_mixes_lengths_over_steps():
