@@ -97,6 +97,8 @@ def main() -> None:
     strangers = {}
     for name in foreign:
         domain = read_domain(name, arguments.data / name, ("test",))
+        if arguments.quick:
+            domain = excerpt(domain, domain.path, QUICK_QUERIES, QUICK_DOCUMENTS)
         strangers[name] = write_domain(named_apart(domain, out / "foreign" / name))
     scores, tried = [], (RIVALS[1:2] if arguments.quick else RIVALS)[: arguments.rivals]
     for seed in range(1 if arguments.quick else arguments.seeds):
