@@ -17,6 +17,7 @@ from moeret import Retriever, artifact
 from moeret.config import IndexConfig
 from moeret.models.memory import Blend
 from moeret.models.model import Model
+from moeret.retrieval import evidence
 
 TOLERANCE = 2e-5
 
@@ -224,6 +225,20 @@ def test_auto_searches_the_indexes_of_the_chosen_experts(index_folder):
         assert route.experts.keys() == set(indexes) == {hit.expert for hit in hits}
         np.testing.assert_allclose(sum(route.experts.values()), 1, atol=1e-5)
         np.testing.assert_allclose(sum(route.probabilities.values()), 1, atol=1e-5)
+    retriever.close()
+
+
+def test_the_vector_that_searches_is_of_the_weights_that_the_route_names(index_folder, monkeypatch):
+    """Also where the index's evidence changes what the router chose, and the query is embedded again."""
+    monkeypatch.setattr(evidence, "LIKELIHOOD", 50.0)
+    retriever = Retriever.load(index_folder)
+    retriever.blends = {}
+    found, alone = retriever.rank(QUERIES, 6), retriever.model.route(QUERIES)
+    assert any(route.experts != before.experts for route, before in zip(found.routes, alone, strict=True))
+    for query, route, hits in zip(QUERIES, found.routes, retriever.hits(found), strict=True):
+        [vector] = retriever.model.encode_query([query], expert=route.experts, normalize_embeddings=True)
+        best = expected_hits(retriever, vector, route.experts.keys(), 6)
+        np.testing.assert_allclose([hit.score for hit in hits], [score for score, _, _ in best], atol=TOLERANCE)
     retriever.close()
 
 
