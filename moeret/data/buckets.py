@@ -14,11 +14,14 @@ TOKENS_PER_BATCH = 512
 """Padded tokens in a batch: small enough for its temporaries to stay in a CPU's cache."""
 
 _LADDER = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+MANY_TOKENS = 2**17
+"""What pays for compiling every step of the ladder: what it saves of fewer tokens is embedded sooner than a shape compiled."""
 
 
-def standard_edges(max_length: int) -> tuple[int, ...]:
-    """Edges for texts that are not known beforehand: steps of a third to a half, up to `max_length` tokens."""
-    return (*(edge for edge in _LADDER if edge < max_length), max_length)
+def standard_edges(max_length: int, tokens: int) -> tuple[int, ...]:
+    """Edges for texts of so many tokens in all, of at most `max_length` each: in steps of a third to a half, of twice if few."""
+    ladder = _LADDER if tokens >= MANY_TOKENS else _LADDER[::2]
+    return (*(edge for edge in ladder if edge < max_length), max_length)
 
 
 def bucket_edges(
@@ -67,14 +70,29 @@ def full_size(edge: int, tokens: int = TOKENS_PER_BATCH) -> int:
 def length_batches(
     lengths: Int[np.ndarray, "N"], edges: Sequence[int], tokens: int = TOKENS_PER_BATCH
 ) -> Iterator[Batch]:
-    """Covers every text once with batches of one bucket each; short ones round up to a power of two rows."""
+    """Covers every text once with batches of one padded length each; those that are not full round up to a power of two rows.
+
+    What does not fill a batch waits for longer texts, up to twice the length that it needs: so nearly all batches are full,
+    and few shapes are compiled for a few texts of many lengths.
+    """
     which = np.searchsorted(edges, lengths)
+    waiting = np.empty(0, np.int64)
     for bucket in np.unique(which):
-        rows = np.flatnonzero(which == bucket)
-        full = full_size(edges[bucket], tokens)
-        for start in range(0, len(rows), full):
-            chunk = rows[start : start + full]
-            yield Batch(chunk, edges[bucket], 1 << (len(chunk) - 1).bit_length())
+        if len(waiting) and edges[bucket] > 2 * edges[which[waiting[0]]]:
+            yield _rest(waiting, edges[which[waiting[-1]]])
+            waiting = waiting[:0]
+        rows = np.concatenate([waiting, np.flatnonzero(which == bucket)])
+        size = full_size(edges[bucket], tokens)
+        whole = len(rows) - len(rows) % size
+        for start in range(0, whole, size):
+            yield Batch(rows[start : start + size], edges[bucket], size)
+        waiting = rows[whole:]
+    if len(waiting):
+        yield _rest(waiting, edges[which[waiting[-1]]])
+
+
+def _rest(rows: Int[np.ndarray, "B"], edge: int) -> Batch:
+    return Batch(rows, edge, 1 << (len(rows) - 1).bit_length())
 
 
 def pad(ids: Sequence[Int[np.ndarray, "L"]], batch: Batch) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:

@@ -1,9 +1,11 @@
 """Texts to vectors: length-bucketed, compiled inference through the base and its experts."""
 
 import copy
+import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,15 @@ from jaxtyping import Array, Float, Int
 from moeret import artifact
 from moeret.data.buckets import Batch, length_batches, pad, standard_edges
 from moeret.models.encoder import EncoderConfig, cast_kernels, mean_token, with_params
-from moeret.models.experts import Bank, Mixture, Shared, gather, trunk_layers
+from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
 from moeret.progress import Advance
 
 _CHUNK = 2048
 """Texts tokenised, embedded and cached at a time."""
+_MANY = 64
+"""Texts that are worth adding an expert's delta to the matrices."""
 
 
 @jax.jit(static_argnames=("encoder", "layers"))
@@ -51,13 +55,20 @@ def _plain_branch(
     return with_params(encoder, params).branch(x, lengths, layers, {})
 
 
+class Hidden(NamedTuple):
+    """A batch of texts after the trunk: which ones, their tokens' hidden states, and how many tokens each has."""
+
+    rows: Int[np.ndarray, "B"]
+    x: Float[Array, "S L D"]  # S >= B
+    lengths: Int[Array, "S"]
+
+
 class Embedder:
     """Embeds texts with the base and any mix of the bank's experts (expert 0, the base, in front)."""
 
     def __init__(self, base: Base, bank: Bank, shared: Shared | None = None):
         self.base_encoder = base
-        self._params = jax.device_put(base.params)
-        self._edges = standard_edges(base.tokenizer.max_length)
+        self._params, self._precision = base.params, jnp.dtype(jnp.float32)
         self.width = base.config.width
         self._set(bank, shared)
 
@@ -67,11 +78,24 @@ class Embedder:
         other._set(bank, shared)
         return other
 
-    def in_precision(self, precision: str) -> "Embedder":
+    def in_precision(self, precision: jnp.dtype | str) -> "Embedder":
         """The same, with its products in float32 or bfloat16."""
         other = copy.copy(self)
-        other._params = jax.device_put(cast_kernels(self.base_encoder.params, jnp.dtype(precision)))
+        other._precision = jnp.dtype(precision)
+        other._params = cast_kernels(self.base_encoder.params, other._precision)
         return other
+
+    def alone(self, expert: int) -> "Embedder":
+        """One expert, merged with its part of the shared delta, as a base of its own.
+
+        For many texts: its delta is added to the matrices once, and what runs are the base's own programs.
+        """
+        params = fold(self.base_encoder.params, take(self.bank, expert))
+        if self._shared is not None:
+            params = fold(params, self._shared, float(self._strengths[expert]))
+        encoder = dataclasses.replace(self.base_encoder, params=params)
+        nothing = jax.tree.map(lambda leaf: leaf[:1], self.bank)
+        return Embedder(encoder, nothing).in_precision(self._precision)
 
     def _set(self, bank: Bank, shared: Shared | None) -> None:
         self.bank, self.trunk_layers = jax.device_put(bank), trunk_layers(bank, self.base_encoder.config)
@@ -82,12 +106,23 @@ class Embedder:
         self, texts: Sequence[str], *, normalize: bool = True, advance: Advance | None = None
     ) -> Float[np.ndarray, "N D"]:
         """Base embeddings; `advance` is called with the number of texts done."""
-        out = np.empty((len(texts), self.width), np.float32)
+        return self.base_of(self.hidden(texts), len(texts), normalize=normalize, advance=advance)
+
+    def hidden(self, texts: Sequence[str]) -> Iterator[Hidden]:
+        """What the trunk makes of texts, batch by batch: the same for the base and every expert."""
         for start, ids, batch in self._batches(texts):
             x, _, lengths = self._run_trunk(ids, batch)
-            out[start + batch.rows] = self._run_base(x, lengths)[: len(batch.rows)]
+            yield Hidden(start + batch.rows, x, lengths)
+
+    def base_of(
+        self, hidden: Iterable[Hidden], count: int, *, normalize: bool = True, advance: Advance | None = None
+    ) -> Float[np.ndarray, "N D"]:
+        """Base embeddings of `count` texts from what the trunk made of them."""
+        out = np.empty((count, self.width), np.float32)
+        for rows, x, lengths in hidden:
+            out[rows] = self._run_base(x, lengths)[: len(rows)]
             if advance:
-                advance(len(batch.rows))
+                advance(len(rows))
         return _unit_rows(out) if normalize else out
 
     def mixed(
@@ -100,6 +135,8 @@ class Embedder:
         advance: Advance | None = None,
     ) -> Float[np.ndarray, "N D"]:
         """Embeddings of each text by its own weighted experts, whatever the mix in one program."""
+        if len(texts) >= _MANY and weights.shape[1] == 1 and (weights == 1).all() and (experts == experts[0]).all():
+            return self.alone(int(experts[0, 0])).base(texts, normalize=normalize, advance=advance)
         out = np.empty((len(texts), self.width), np.float32)
         for start, ids, batch in self._batches(texts):
             x, _, lengths = self._run_trunk(ids, batch)
@@ -153,7 +190,9 @@ class Embedder:
     def _batches(self, texts: Sequence[str]):
         for start in range(0, len(texts), _CHUNK):
             ids = self.base_encoder.tokenizer(texts[start : start + _CHUNK])
-            for batch in length_batches(np.array([len(own) for own in ids]), self._edges):
+            lengths = np.array([len(own) for own in ids])
+            edges = standard_edges(self.base_encoder.tokenizer.max_length, int(lengths.sum()))
+            for batch in length_batches(lengths, edges):
                 yield start, ids, batch
 
     def _run_trunk(self, ids, batch: Batch) -> tuple[Array, Array, Array]:
@@ -167,7 +206,7 @@ class Embedder:
         if not weights.any():
             return self._run_base(x, lengths)
         used = np.unique(experts[weights != 0])
-        width = 4 ** (((len(used) - 1).bit_length() + 1) // 2)  # a power of four, so that few programs are compiled
+        width = max(4, 4 ** (((len(used) - 1).bit_length() + 1) // 2))  # a power of four: few programs are compiled
         own, shared = np.zeros((x.shape[0], width), np.float32), np.zeros(x.shape[0], np.float32)
         rows, slots = np.nonzero(weights)
         np.add.at(own, (rows, np.searchsorted(used, experts[rows, slots])), weights[rows, slots])

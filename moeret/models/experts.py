@@ -110,13 +110,13 @@ def gather(bank: Bank, shared: Bank | None, mixture: Mixture) -> Deltas:
     return {layer: {matrix: gather_matrix(layer, matrix) for matrix in matrices} for layer, matrices in bank.items()}
 
 
-def fold(params: nnx.State, delta: Bank) -> nnx.State:
-    """An encoder's parameters with a delta (no leading axis) added to the matrices themselves."""
+def fold(params: nnx.State, delta: Bank, strength: float = 1.0) -> nnx.State:
+    """An encoder's parameters with a delta (no leading axis), times its strength, added to the matrices themselves."""
     folded = nnx.to_pure_dict(params)
     for layer, matrices in delta.items():
         for matrix, factors in matrices.items():
             own = folded["layers"][int(layer.removeprefix("layer_"))][matrix]
-            own["kernel"] = own["kernel"] + np.asarray(factors["a"]) @ np.asarray(factors["b"])
+            own["kernel"] = own["kernel"] + np.asarray(factors["a"]) @ (strength * np.asarray(factors["b"]))
     out = jax.tree.map(lambda leaf: leaf, params)
     nnx.replace_by_pure_dict(out, folded)
     return out

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
@@ -221,7 +222,7 @@ def _load_weights(path: Path, config: EncoderConfig) -> nnx.State:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BaseEncoderError(f"{path} does not fit its config.json: {'; '.join(problems[:5])}{more}")
-    return nnx.from_flat_state([(route, nnx.Param(array)) for route, array in arrays])
+    return jax.device_put(nnx.from_flat_state([(route, nnx.Param(array)) for route, array in arrays]))
 
 
 def _canonical(key: str) -> str:

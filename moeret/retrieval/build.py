@@ -118,12 +118,10 @@ class _Vectors:
         model = self._model
         texts = model.with_prompt([document.contents for document in documents], "document")
         number = 0 if model.tower == "query" else model.number(expert)
+        embedder = model.embedder.alone(number) if number else model.embedder
 
         def embed(chunk: Sequence[str]) -> np.ndarray:
-            if number == 0:
-                return model.embedder.base(chunk, advance=self._advance)
-            experts = np.full((len(chunk), 1), number, np.int32)
-            return model.embedder.mixed(chunk, experts, np.ones((len(chunk), 1), np.float32), advance=self._advance)
+            return embedder.base(chunk, advance=self._advance)
 
         key = model.base.fingerprint if number == 0 else f"{self._published.fingerprint}/{expert}"
         return cached_vectors(embed, texts, model.embedder.width, self._folders, key, self._advance)

@@ -26,7 +26,7 @@ from moeret.training.loop import fit
 from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared
 from moeret.training.strength import Strengths, choose_strength, choose_strengths
-from moeret.training.towers import BothTowers, QueryTower, by_group, mean_over_domains, only
+from moeret.training.towers import BothTowers, QueryTower, by_group, mean_over_domains
 from moeret.types import SHARED_EXPERT
 
 
@@ -71,8 +71,8 @@ def learn_shared(
     fitted = fit(bank, batches, look, own, work, show_progress_bar=show_progress_bar)
     strength, values = choose_strength(fitted.bank, tower.values_of_one)
     before, after = (float(np.mean([own.mean() for own in scored])) for scored in (tower.base(), values))
-    alone = embedder.with_bank(experts.with_base(experts.scaled(fitted.bank, np.full(1, strength))))
-    blend = blends.of_one([alone.mixed(own.texts, *only(0, len(own.texts))) for own in data.dev])
+    alone = embedder.with_bank(experts.with_base(experts.scaled(fitted.bank, np.full(1, strength)))).alone(1)
+    blend = blends.of_one([alone.base(own.texts) for own in data.dev])
     return LearnedShared(experts.take(fitted.bank, 0), int(fitted.steps[0]), strength, blend, before, after)
 
 
@@ -132,7 +132,7 @@ def learn(
     vectors, blended = None, None
     if config.tower == "query":
         full = embedder.with_bank(experts.with_base(bank), merged)
-        vectors = [full.mixed(own.texts, *only(number, len(own.texts))) for number, own in enumerate(data.dev)]
+        vectors = [full.alone(number).base(own.texts) for number, own in enumerate(data.dev, start=1)]
         blended = blends and _blended(data, full, vectors, blends, show_progress_bar)
     return Learned(bank, merged, fitted.steps, strengths, *dev, vectors, blended, tower.calibration(bank))
 
@@ -150,8 +150,10 @@ def _blended(
     with progress_bar("Remembering", total, shown=show_progress_bar, unit="queries") as advance:
 
         def of(number: int) -> Blended:
+            expert = embedder.alone(1 + number)
+
             def encode(queries: Sequence[str]) -> Float[np.ndarray, "Q D"]:
-                return embedder.mixed([prompt + own for own in queries], *only(number, len(queries)), advance=advance)
+                return expert.base([prompt + own for own in queries], advance=advance)
 
             return blends.of_expert(number, vectors[number], encode)
 

@@ -43,6 +43,7 @@ class QueryTower:
 
     def __init__(self, data: Prepared, embedder: Embedder):
         self._data, self._embedder = data, embedder
+        self._hidden = [[*embedder.hidden(own.texts)] for own in data.dev]
         self.seen = [own.seen for own in data.dev]
 
     def base(self) -> Values:
@@ -53,17 +54,17 @@ class QueryTower:
         """What each active expert scores on its domain's dev queries."""
         embedder = self._embedder.with_bank(with_base(bank), shared)
         return [
-            self._score(embedder, own, number) if on else np.empty(0)
-            for number, (own, on) in enumerate(zip(self._data.dev, active, strict=True))
+            self._score(embedder.alone(number + 1), number) if on else np.empty(0) for number, on in enumerate(active)
         ]
 
     def values_of_one(self, bank: Bank) -> Values:
         """What the only expert of a bank scores on every domain's dev queries."""
-        embedder = self._embedder.with_bank(with_base(bank))
-        return [self._score(embedder, own, 0) for own in self._data.dev]
+        embedder = self._embedder.with_bank(with_base(bank)).alone(1)
+        return [self._score(embedder, number) for number in range(len(self._data.dev))]
 
-    def _score(self, embedder: Embedder, own: DevSet, expert: int) -> Float[np.ndarray, "Q"]:
-        return dev_ndcg(own, embedder.mixed(own.texts, *only(expert, len(own.texts))), self._data.pool)
+    def _score(self, embedder: Embedder, number: int) -> Float[np.ndarray, "Q"]:
+        own = self._data.dev[number]
+        return dev_ndcg(own, embedder.base_of(self._hidden[number], len(own.texts)), self._data.pool)
 
     def calibration(self, bank: Bank) -> list[None]:
         """One document space needs none, neither for the base nor for its experts."""
@@ -129,16 +130,8 @@ class BothTowers:
     def _encoded(self, bank: Bank, number: int) -> tuple[Float[np.ndarray, "Q D"], Float[np.ndarray, "C D"]]:
         """An expert's dev queries and their candidates."""
         own, texts = self._dev[number]
-        embedder = self._embedder.with_bank(with_base(bank))
-        return (
-            embedder.mixed(own.texts, *only(number, len(own.texts))),
-            embedder.mixed(texts, *only(number, len(texts))),
-        )
-
-
-def only(number: int, count: int) -> tuple[Int[np.ndarray, "N 1"], Float[np.ndarray, "N 1"]]:
-    """(experts, weights) for `Embedder.mixed` of texts that all use one of a bank's experts, counted without the base."""
-    return np.full((count, 1), number + 1, np.int32), np.ones((count, 1), np.float32)
+        embedder = self._embedder.with_bank(with_base(bank)).alone(1 + number)
+        return embedder.base(own.texts), embedder.base(texts)
 
 
 def _candidates(dev: DevSet, pool: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "C"]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeret.data.buckets import Batch, bucket_edges, full_size, length_batches, pad, standard_edges
+from moeret.data.buckets import MANY_TOKENS, Batch, bucket_edges, full_size, length_batches, pad, standard_edges
 
 lengths_of_texts = st.lists(st.integers(1, 12), min_size=1, max_size=20).map(np.array)
 
@@ -58,10 +58,12 @@ def test_enough_buckets_pad_nothing():
 
 @given(most=st.integers(1, 2000))
 def test_standard_edges_rise_gently_up_to_the_longest(most):
-    edges = standard_edges(most)
-    assert list(edges) == sorted({*edges})
-    assert edges[-1] == most
-    assert all(after <= 1.5 * before for before, after in pairwise(edges) if after <= 512)
+    few, many = standard_edges(most, MANY_TOKENS - 1), standard_edges(most, MANY_TOKENS)
+    for edges, step in ((few, 2), (many, 1.5)):
+        assert list(edges) == sorted({*edges})
+        assert edges[-1] == most
+        assert all(after <= step * before for before, after in pairwise(edges) if after <= 512)
+    assert {*few} <= {*many}  # so that few texts need no programs of their own where many have been embedded
 
 
 @given(edge=st.integers(1, 1000), tokens=st.integers(1, 2000))
@@ -82,16 +84,18 @@ def test_batches_cover_every_text_once_and_fit_their_shapes(lengths, edges, toke
     batches = list(length_batches(lengths, edges, tokens))
     rows = [row for batch in batches for row in batch.rows.tolist()]
     assert sorted(rows) == list(range(len(lengths)))
+    needed = np.array(edges)[np.searchsorted(edges, lengths)]  # the smallest edge that fits
     for batch in batches:
         assert batch.edge in edges
-        below = max((edge for edge in edges if edge < batch.edge), default=0)
-        own = lengths[batch.rows]
-        assert ((below < own) & (own <= batch.edge)).all()  # the smallest edge that fits
+        assert (lengths[batch.rows] <= batch.edge).all()
+        assert batch.edge <= 2 * needed[batch.rows].min()
+        assert batch.edge == needed[batch.rows].max() or batch.size == full_size(batch.edge, tokens)
         assert 1 <= len(batch.rows) <= batch.size <= full_size(batch.edge, tokens)
         assert batch.size.bit_count() == 1
         assert batch.size < 2 * len(batch.rows)
-    short = [batch.edge for batch in batches if batch.size < full_size(batch.edge, tokens)]
-    assert len(short) == len({*short})  # at most one batch a bucket is not full
+    short = [batch for batch in batches if len(batch.rows) < full_size(batch.edge, tokens)]
+    for before, after in pairwise(short):  # whatever could have waited for longer texts has
+        assert after.edge > 2 * needed[before.rows].min()
 
 
 @settings(deadline=None)

@@ -9,7 +9,7 @@ import pytest
 
 from moeret.config import MATRICES, ExpertConfig
 from moeret.models import experts
-from moeret.models.embed import Embedder, _branch
+from moeret.models.embed import _MANY, Embedder, _branch
 from moeret.models.encoder import with_params
 from moeret.models.experts import Mixture
 from moeret.models.pretrained import load_base
@@ -103,6 +103,10 @@ def test_a_shared_delta_lies_under_each_row_as_strongly_as_its_experts_want(base
             params = experts.fold(params, experts.take(experts.scaled(bank, np.full(COUNT, weight)), expert - 1))
         folded = Embedder(dataclasses.replace(base, params=params), experts.with_base(bank))
         np.testing.assert_allclose(vector, folded.base([text])[0], atol=3e-6)
+    for row, expert in ((1, 1), (3, 4)):
+        np.testing.assert_allclose(embedder.alone(expert).base([texts[row]])[0], found[row], atol=3e-6)
+        many = embedder.mixed([texts[row]] * _MANY, np.full((_MANY, 1), expert), np.ones((_MANY, 1), np.float32))
+        np.testing.assert_allclose(many, np.tile(found[row], (_MANY, 1)), atol=3e-6)
 
 
 def test_an_experts_start_does_not_depend_on_the_others(base):
