@@ -62,13 +62,15 @@ def cast_kernels(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
 def _project(linear: nnx.Linear, x: Array, delta: Mapping[str, Array] | None) -> Array:
     """The linear map with its delta; products are in the kernel's precision, their sums in float32."""
-    kernel = linear.kernel[...]
-    y = _frozen_product(x, kernel) + linear.bias[...][None, None]
+    kernel, bias = linear.kernel[...], linear.bias[...][None, None]
     if delta is None:
-        return y
+        return _frozen_product(x, kernel) + bias
+    a, b = delta["a"], delta["b"]
     if "weights" in delta:
-        return y + _dot(_dot(x, delta["a"], kernel.dtype) * delta["weights"], delta["b"], kernel.dtype)
-    return y + _low_rank(kernel.dtype, x, delta["a"], delta["b"])
+        return _frozen_product(x, kernel) + bias + _dot(_dot(x, a, kernel.dtype) * delta["weights"], b, kernel.dtype)
+    if _merging_pays(x, a, b):
+        return _merged(x, kernel, a, b) + bias
+    return _frozen_product(x, kernel) + bias + _low_rank(kernel.dtype, x, a, b)
 
 
 def _dot(x: Array, y: Array, dtype: jnp.dtype) -> Array:
@@ -118,6 +120,40 @@ def _low_rank_backward(dtype, residuals: tuple[Array, Array, Array, Array], g: A
 
 
 _low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+@jax.custom_vjp
+def _merged(
+    x: Float[Array, "B L I"], kernel: Float[Array, "I O"], a: Float[Array, "I R"], b: Float[Array, "R O"]
+) -> Float[Array, "B L O"]:
+    """X (kernel + a b), with the gradient of the sum pulled back to a and b; the kernel itself is a constant."""
+    return _dot(x, _sum(kernel, a, b), kernel.dtype)
+
+
+def _sum(kernel: Array, a: Array, b: Array) -> Array:
+    return (kernel.astype(jnp.float32) + _dot(a, b, kernel.dtype)).astype(kernel.dtype)
+
+
+def _merged_forward(x: Array, kernel: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    merged = _sum(kernel, a, b)
+    return _dot(x, merged, kernel.dtype), (x, merged, a, b)
+
+
+def _merged_backward(residuals: tuple[Array, Array, Array, Array], g: Array) -> tuple[Array, None, Array, Array]:
+    x, merged, a, b = residuals
+    dtype, (d_in, d_out) = merged.dtype, merged.shape
+    rows, columns = x.reshape(-1, d_in), g.reshape(-1, d_out)  # the narrower one is transposed
+    d = _dot(rows.T, columns, dtype) if d_in <= d_out else _dot(columns.T, rows, dtype).T
+    return _dot(g, merged.T, dtype), None, _dot(d, b.T, dtype), _dot(a.T, d, dtype)
+
+
+_merged.defvjp(_merged_forward, _merged_backward)
+
+
+def _merging_pays(x: Array, a: Array, b: Array) -> bool:
+    """Whether `_merged` multiplies less than `_low_rank`, forward and backward together."""
+    tokens, (d_in, rank), d_out = x.size // x.shape[-1], a.shape, b.shape[-1]
+    return tokens * d_in * d_out + 3 * d_in * rank * d_out < 3 * tokens * rank * (d_in + d_out)
 
 
 class Layer(nnx.Module):

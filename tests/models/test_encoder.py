@@ -1,7 +1,6 @@
 """The transformer: padding, gradients, and its faster formulas against the plain ones."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,17 @@ from flax import nnx
 
 from moeret.config import MATRICES, ExpertConfig
 from moeret.models import experts
-from moeret.models.encoder import Encoder, EncoderConfig, _attention, _attention_bias, _low_rank, unit
+from moeret.models.encoder import (
+    Encoder,
+    EncoderConfig,
+    _attention,
+    _attention_bias,
+    _frozen_product,
+    _low_rank,
+    _merged,
+    _merging_pays,
+    unit,
+)
 from moeret.models.experts import Mixture
 
 CONFIG = EncoderConfig(
@@ -91,18 +100,32 @@ def test_gradient_reaches_every_matrix_of_an_expert(shared):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4, 1, 3), (3, 5, 8, 2, 6), (2, 7, 6, 6, 6)])
-def test_the_shared_products_own_gradient_is_that_of_the_plain_formula(shape):
+def test_a_products_own_gradient_is_that_of_the_plain_formula(shape):
     rows, length, d_in, rank, d_out = shape
     random = np.random.default_rng(0)
     x, a, b, g = (
         jnp.asarray(random.normal(size=size), jnp.float32)
         for size in ((rows, length, d_in), (d_in, rank), (rank, d_out), (rows, length, d_out))
     )
-    value, pull = jax.vjp(functools.partial(_low_rank, jnp.float32), x, a, b)
-    plain_value, plain_pull = jax.vjp(lambda x, a, b: (x @ a) @ b, x, a, b)
-    np.testing.assert_allclose(value, plain_value, rtol=1e-5, atol=1e-5)
-    for own, plain in zip(pull(g), plain_pull(g), strict=True):
-        np.testing.assert_allclose(own, plain, rtol=1e-4, atol=1e-5)
+    kernel = jnp.asarray(random.normal(size=(d_in, d_out)), jnp.float32)
+    plain_value, plain_pull = jax.vjp(lambda x, a, b: x @ kernel + (x @ a) @ b, x, a, b)
+    products = (
+        lambda x, a, b: _frozen_product(x, kernel) + _low_rank(jnp.float32, x, a, b),
+        lambda x, a, b: _merged(x, kernel, a, b),
+    )
+    for product in products:
+        value, pull = jax.vjp(product, x, a, b)
+        np.testing.assert_allclose(value, plain_value, rtol=1e-5, atol=1e-5)
+        for own, plain in zip(pull(g), plain_pull(g), strict=True):
+            np.testing.assert_allclose(own, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_delta_is_merged_with_its_matrix_where_that_is_cheaper():
+    """Many tokens and a large rank: adding the matrices once; a small rank: two thin products."""
+    x = jnp.ones((32, 24, 384), jnp.float32)
+    for rank, d_out, merged in ((16, 384, False), (16, 1536, False), (224, 384, True), (224, 1536, True)):
+        assert _merging_pays(x, jnp.ones((384, rank)), jnp.ones((rank, d_out))) == merged
+    assert not _merging_pays(x[:1], jnp.ones((384, 224)), jnp.ones((224, 1536)))  # a handful of tokens
 
 
 def textbook_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: np.ndarray, heads: int) -> np.ndarray:
