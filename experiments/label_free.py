@@ -21,7 +21,7 @@ from experiments.pooled_domains import FOREIGN, TRAINED
 from moeret.evaluation.benchmark import search_route
 from moeret.evaluation.testsets import read_test_sets, score
 from moeret.metrics import NDCG
-from scripts.benchmarks import markdown_table, write_section
+from scripts.benchmarks import fast_precision, markdown_table, write_section
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ def main() -> None:
     new = {name: arguments.pooled / "foreign" / name for name in FOREIGN}
     started = time.monotonic()
     for name in FOREIGN:
-        config = moeret.TrainConfig(precision="bfloat16")
+        config = moeret.TrainConfig(precision=fast_precision())
         added = moeret.add_expert(model, name, new[name], config=config, label_free=True, show_progress_bar=True)
     seconds = time.monotonic() - started
     before = digests(source)

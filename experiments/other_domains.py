@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -26,7 +26,7 @@ from moeret.config import TrainConfig
 from moeret.data.beir import Domain, Judged, read_domain, write_domain
 from moeret.data.docstrings import installed_libraries, write_domains
 from moeret.types import Document
-from scripts.benchmarks import write_section
+from scripts.benchmarks import fast_precision, write_section
 
 LIBRARIES = ("python", "numpy", "flax", "huggingface_hub")
 FOREIGN = ("jax", "rich")
@@ -48,7 +48,7 @@ class Arguments:
     """Folder of the three clones."""
     out: Path = Path("runs/other_domains")
     """Where data, models, indexes and scores go."""
-    precision: moeret.config.Precision = "bfloat16"
+    precision: moeret.config.Precision = field(default_factory=fast_precision)
     """Of all trainings' products."""
 
 

@@ -1,8 +1,9 @@
 """Ten domains and three foreign corpora in one index: routed search against every single-model alternative.
 
-Command:  python -m experiments.pooled_domains --data DATA [--out runs/pooled_domains] [--seeds 3] [--quick]
-          DATA holds the BEIR folders named below. --quick takes three domains, short trainings and one seed, and writes
-          nothing into BENCHMARKS.md. Needs `pip install .[experiments]` (matplotlib).
+Command:  python -m experiments.pooled_domains --data DATA [--out runs/pooled_domains] [--seeds 3] [--small | --quick]
+          DATA holds the BEIR folders named below. Needs `pip install .[experiments]` (matplotlib). --small takes excerpts of
+          them, --quick smaller ones of three domains, short trainings and one seed; both print their report only, and leave
+          under --out what other experiments can be tried with: `--data OUT/small/data --pooled OUT/small`.
 Time:     about two hours a seed with one rival on 2 cores with bfloat16 products. Cut off, the same command goes on.
 Expected: these are the aims; BENCHMARKS.md says which hold. Over the ten domains routed gains at least 12 points of nDCG@10 on the
           base and 1 on one multi-task delta of the same size and number of steps, loses at most 0.7 to the known-domain
@@ -12,22 +13,19 @@ Expected: these are the aims; BENCHMARKS.md says which hold. Over the ten domain
 
 import dataclasses
 import json
-import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
 import moeret
 from experiments.blended_rival import blended_system
 from experiments.folders import excerpt, named_apart
+from experiments.multi_task import train_multi_task
 from experiments.pilots import pilot_system
 from experiments.pooled_report import draw, report, summary
 from moeret.config import TrainConfig
@@ -36,22 +34,23 @@ from moeret.evaluation.baselines import System, bm25_system, exact_system, fused
 from moeret.evaluation.benchmark import cost, router_report, search_route, search_system
 from moeret.evaluation.testsets import TestSet, read_test_sets, score
 from moeret.metrics import NDCG, RECALL
-from moeret.models.model import VECTORS, WORK
 from moeret.progress import progress_bar
 from moeret.retrieval.search import Rankings
-from moeret.training.learn import shared_limit
 from moeret.training.prepare import read_domains
 from moeret.types import SHARED_EXPERT
-from scripts.benchmarks import FILE, write_block, write_section
+from scripts.benchmarks import FILE, fast_precision, write_block, write_section
 
 TRAINED = (
     "scifact", "nfcorpus", "medquad", "obliqa", "fin10k", "attack-cti", "esco-jobs", "nl2bash", "conala", "checkthat20",
 )  # fmt: skip
 FOREIGN = ("cranfield", "cisi", "cacm")
-QUICK = ("nl2bash", "conala", "checkthat20")
-"""Short documents and few queries."""
-QUICK_QUERIES, QUICK_DOCUMENTS = {"train": 400, "dev": 50, "test": 40}, 500
-"""Of each domain at most; documents beside those that are relevant to these queries."""
+QUICK, QUICK_FOREIGN = ("esco-jobs", "nl2bash", "conala"), ("cacm",)
+"""Short documents and queries."""
+EXCERPTS = {
+    "quick": ({"train": 150, "dev": 30, "test": 20}, 150),
+    "small": ({"train": 800, "dev": 150, "test": 200}, 400),
+}
+"""Queries of each split at most, and documents beside those that are relevant to them."""
 RIVALS = ((None, 6e-4), (64, 2e-3), (None, 1e-3))
 """(rank, learning rate) that the multi-task rival may choose from, on dev; None is as large as all of ours together. The
 other seeds take the first's choice. The larger the rank, the further a delta moves at the same rate: rank 224 diverges at 2e-3."""
@@ -71,34 +70,36 @@ class Arguments:
     """Where models, indexes and scores go."""
     seeds: int = 3
     """How many trainings of everything."""
-    precision: moeret.config.Precision = "bfloat16"
+    precision: moeret.config.Precision = field(default_factory=fast_precision)
     """Of all trainings' products."""
     queries: int | None = None
     """Test queries a domain at most (a fixed pseudo-random choice); all unless given."""
     rivals: int = len(RIVALS)
     """How many multi-task rivals are tried; each takes about as long as our whole training."""
+    small: bool = False
+    """Excerpts of the domains; for comparisons in minutes."""
     quick: bool = False
-    """Three domains, short trainings, one seed; to see that it works."""
+    """Smaller excerpts of three domains, short trainings, one seed; to see that it works."""
 
 
 def main() -> None:
     """Runs the experiment; what is finished is not repeated."""
     arguments = tyro.cli(Arguments)
-    names, foreign = (QUICK, FOREIGN[:1]) if arguments.quick else (TRAINED, FOREIGN)
+    names, foreign = (QUICK, QUICK_FOREIGN) if arguments.quick else (TRAINED, FOREIGN)
     ours = TrainConfig(precision=arguments.precision)
     if arguments.quick:
-        ours = dataclasses.replace(ours, steps=16, shared_steps=16, evaluate_every=8)
-    out = arguments.out / "quick" if arguments.quick else arguments.out
+        ours = dataclasses.replace(ours, steps=6, shared_steps=8, evaluate_every=6)
+    scale = "quick" if arguments.quick else "small" if arguments.small else None
+    out = arguments.out / scale if scale else arguments.out
     trained = {name: arguments.data / name for name in names}
-    if arguments.quick:
+    if scale:
         read = [read_domain(name, path, ("train", "test"), ("dev",)) for name, path in trained.items()]
-        small = [excerpt(own, out / "data" / own.name, QUICK_QUERIES, QUICK_DOCUMENTS) for own in read]
-        trained = {own.name: write_domain(own) for own in small}
+        trained = {own.name: write_domain(excerpt(own, out / "data" / own.name, *EXCERPTS[scale])) for own in read}
     strangers = {}
     for name in foreign:
         domain = read_domain(name, arguments.data / name, ("test",))
-        if arguments.quick:
-            domain = excerpt(domain, domain.path, QUICK_QUERIES, QUICK_DOCUMENTS)
+        if scale:
+            domain = excerpt(domain, domain.path, *EXCERPTS[scale])
         strangers[name] = write_domain(named_apart(domain, out / "foreign" / name))
     scores, tried = [], (RIVALS[1:2] if arguments.quick else RIVALS)[: arguments.rivals]
     for seed in range(1 if arguments.quick else arguments.seeds):
@@ -107,34 +108,10 @@ def main() -> None:
         scores.append(found)
     body = report(scores, names, foreign, dataclasses.asdict(ours))
     print(body)
-    if not arguments.quick:
+    if not scale:
         write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
         write_block(FILE.with_name("README.md"), "results", summary(scores, names))
         draw(FILE.parent / "docs" / "pooled-domains.svg", scores, names)
-
-
-def multi_task(ours: TrainConfig, experts: list[dict[str, Any]], rank: int | None, rate: float) -> TrainConfig:
-    """One delta trained for as many steps as the shared one and all experts, as large as they all unless a rank is given."""
-    queries = [own["train_queries"] for own in experts]
-    steps = shared_limit(ours, queries) + sum(
-        min(ours.steps, math.ceil(ours.epochs * own / ours.batch_size)) for own in queries
-    )
-    return dataclasses.replace(
-        ours,
-        steps=0,
-        shared_steps=math.ceil(steps / len(queries)),
-        epochs=math.ceil(steps * ours.batch_size / sum(queries)),
-        shared_learning_rate=rate,
-        expert=dataclasses.replace(
-            ours.expert, rank=1, shared_rank=rank or ours.expert.shared_rank + len(experts) * ours.expert.rank
-        ),
-    )
-
-
-def share_vectors(model: Path, other: Path) -> None:
-    """Gives another model's training the base's vectors of the same texts, which it would embed anew."""
-    if not (other / WORK / VECTORS).exists():
-        shutil.copytree(model / WORK / VECTORS, other / WORK / VECTORS, copy_function=os.link)
 
 
 def run_seed(
@@ -153,21 +130,11 @@ def run_seed(
     def timed(name: str, make: Callable[[], Any]) -> Any:
         started = time.monotonic()
         made = make()
-        jax.clear_caches()  # a program takes some 75 memory maps, and a process may have 65,530
         seconds[name] = round(time.monotonic() - started)
         return made
 
     model = timed("train", lambda: moeret.train(trained, place / "model", config=ours, show_progress_bar=True))
-    rivals = {}
-    for rank, rate in tried:
-        config = multi_task(ours, model.meta["experts"], rank, rate)
-        name = f"multi-task-{config.expert.shared_rank}-{rate:g}"
-        share_vectors(place / "model", place / name)
-        made = timed(
-            f"train {name}",
-            lambda config=config, name=name: moeret.train(trained, place / name, config=config, show_progress_bar=True),
-        )
-        rivals[name] = made.meta["shared"]["dev_ndcg"]
+    rivals = timed("train multi-task", lambda: train_multi_task(trained, place / "model", ours, tried)) if tried else []
     corpora = [path / "corpus.jsonl" for path in foreign.values()]
     index = place / "index"
     timed("index", lambda: moeret.build_index(place / "model", index, trained, corpora, show_progress_bar=True))
@@ -184,27 +151,26 @@ def run_seed(
     scores = kept(place / f"scores{suffix}.json", lambda: evaluate(retriever, trained, foreign, queries, first=first))
     if not rivals:
         return scores, []
-    best = max(rivals, key=rivals.get)
-    rival = moeret.Model.load(place / best)
+    best = max(rivals, key=lambda rival: rival.dev)
     own = kept(
-        place / f"scores-{best}{suffix}.json",
-        lambda: evaluate_rival(retriever, rival, trained, foreign, queries, ours.dev_queries),
+        place / f"scores-{best.name}{suffix}.json",
+        lambda: evaluate_rival(retriever, best.encode, trained, foreign, queries, ours.dev_queries),
     )
     scores["systems"] |= own["systems"]
-    scores["multi-task"] = {"taken": best, "dev": rivals, "steps": config.shared_steps, "blend": own["blend"]}
-    return scores, [tried[[*rivals].index(best)]]
+    looks = {rival.name: rival.dev for rival in rivals}
+    scores["multi-task"] = {"taken": best.name, "dev": looks, "steps": best.steps, "blend": own["blend"]}
+    return scores, [tried[rivals.index(best)]]
 
 
 def evaluate_rival(
     retriever: moeret.Retriever,
-    rival: moeret.Model,
+    encode: Callable[[Sequence[str]], np.ndarray],
     trained: dict[str, Path],
     foreign: dict[str, Path],
     most: int | None,
     most_dev: int,
 ) -> dict[str, Any]:
     """Scores one delta for all domains, compared exactly with the whole pool: by its cosine alone, and with one blend."""
-    encode = _encoder(rival, SHARED_EXPERT)
     tests = _tests(retriever, {**trained, **foreign}, most)
     domains, held = read_domains(trained), retriever.held()
     dev = [

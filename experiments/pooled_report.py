@@ -82,7 +82,7 @@ def _setup(scores, names, foreign, config) -> str:
         f"Trained: {', '.join(names)}. Foreign, without any training data: {', '.join(foreign)}.\n\n"
         f"- ours: a shared delta of rank {shared}, at most {config['shared_steps']} steps a domain, then an expert of rank {rank} "
         f"a domain, at most {config['steps']} steps, both at most {config['epochs']:g} epochs; {config['batch_size']} queries "
-        f"a step, learning rates {config['shared_learning_rate']:g} and {config['learning_rate']:g}\n"
+        f"a step, learning rates {config['shared_learning_rate']:g} and {config['learning_rate']:g}, in {config['precision']}\n"
         f"{rival}"
         f"- our blends (BM25, memory), chosen on dev, first seed: {_blends(first['experts'])}\n"
         "- shared delta alone, base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first "

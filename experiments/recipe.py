@@ -24,7 +24,7 @@ from moeret.models.embed import Embedder
 from moeret.models.model import VECTORS, WORK, read_shared
 from moeret.training.learn import learn
 from moeret.training.prepare import Prepared, prepare, read_domains
-from scripts.benchmarks import markdown_table, write_section
+from scripts.benchmarks import fast_precision, markdown_table, write_section
 
 DOMAINS = ("obliqa", "esco-jobs", "nl2bash", "conala")
 """Few queries and many, seen documents and unseen ones."""
@@ -84,7 +84,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     source = arguments.pooled / "seed-0" / "model"
     model = moeret.Model.load(source)
-    config = TrainConfig(precision="bfloat16")
+    config = TrainConfig(precision=fast_precision())
     embedder = Embedder(model.base, experts.base_alone(model.base.config, config.expert))
     read = read_domains({name: arguments.data / name for name in TRAINED})
     data = prepare(read, embedder, config, source / WORK / VECTORS, show_progress_bar=True)

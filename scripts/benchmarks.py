@@ -11,6 +11,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+
+from moeret.config import Precision
+
 FILE = Path(__file__).resolve().parent.parent / "BENCHMARKS.md"
 HEAD = """# Benchmarks
 
@@ -77,9 +81,19 @@ def commit() -> str:
 
 def processor() -> str:
     """The processor's model, and whether it multiplies bfloat16 matrices in hardware."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    lines = _processor_lines()
     model = re.search(r"model name\s*: (.*)", lines)
     return (model.group(1) if model else platform.processor()) + (" with AMX" if "amx_tile" in lines else "")
+
+
+def fast_precision() -> Precision:
+    """bfloat16 where the processor or an accelerator multiplies it, float32 where that would be slower."""
+    hardware = jax.default_backend() != "cpu" or re.search("avx512_bf16|amx_bf16", _processor_lines())
+    return "bfloat16" if hardware else "float32"
+
+
+def _processor_lines() -> str:
+    return Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
 
 
 def memory_gib() -> float:
