@@ -70,7 +70,7 @@ def full_size(edge: int, tokens: int = TOKENS_PER_BATCH) -> int:
 def length_batches(
     lengths: Int[np.ndarray, "N"], edges: Sequence[int], tokens: int = TOKENS_PER_BATCH
 ) -> Iterator[Batch]:
-    """Covers every text once with batches of one padded length each; those that are not full round up to a power of two rows.
+    """Covers every text once with batches of one padded length each; those that are not full round up to a power of four rows.
 
     What does not fill a batch waits for longer texts, up to twice the length that it needs: so nearly all batches are full,
     and few shapes are compiled for a few texts of many lengths.
@@ -79,7 +79,7 @@ def length_batches(
     waiting = np.empty(0, np.int64)
     for bucket in np.unique(which):
         if len(waiting) and edges[bucket] > 2 * edges[which[waiting[0]]]:
-            yield _rest(waiting, edges[which[waiting[-1]]])
+            yield _rest(waiting, edges[which[waiting[-1]]], tokens)
             waiting = waiting[:0]
         rows = np.concatenate([waiting, np.flatnonzero(which == bucket)])
         size = full_size(edges[bucket], tokens)
@@ -88,11 +88,16 @@ def length_batches(
             yield Batch(rows[start : start + size], edges[bucket], size)
         waiting = rows[whole:]
     if len(waiting):
-        yield _rest(waiting, edges[which[waiting[-1]]])
+        yield _rest(waiting, edges[which[waiting[-1]]], tokens)
 
 
-def _rest(rows: Int[np.ndarray, "B"], edge: int) -> Batch:
-    return Batch(rows, edge, 1 << (len(rows) - 1).bit_length())
+def _rest(rows: Int[np.ndarray, "B"], edge: int, tokens: int) -> Batch:
+    return Batch(rows, edge, min(power_of_four(len(rows)), full_size(edge, tokens)))
+
+
+def power_of_four(count: int) -> int:
+    """The least power of four that is not below `count`: sizes in such steps need few programs."""
+    return 4 ** (((count - 1).bit_length() + 1) // 2)
 
 
 def pad(ids: Sequence[Int[np.ndarray, "L"]], batch: Batch) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moeret import artifact
-from moeret.data.buckets import Batch, length_batches, pad, standard_edges
+from moeret.data.buckets import Batch, length_batches, pad, power_of_four, standard_edges
 from moeret.models.encoder import EncoderConfig, cast_kernels, mean_token, with_params
 from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
 from moeret.models.pretrained import Base
@@ -206,7 +206,7 @@ class Embedder:
         if not weights.any():
             return self._run_base(x, lengths)
         used = np.unique(experts[weights != 0])
-        width = max(4, 4 ** (((len(used) - 1).bit_length() + 1) // 2))  # a power of four: few programs are compiled
+        width = max(4, power_of_four(len(used)))
         own, shared = np.zeros((x.shape[0], width), np.float32), np.zeros(x.shape[0], np.float32)
         rows, slots = np.nonzero(weights)
         np.add.at(own, (rows, np.searchsorted(used, experts[rows, slots])), weights[rows, slots])
