@@ -50,14 +50,12 @@ def train_multi_task(
     base = model.base
     embedder = Embedder(base, experts.base_alone(base.config, config.expert))
     data = prepare(read, embedder, config, ours / WORK / VECTORS, show_progress_bar=True)
-    made = []
+    blends, made = DevBlends(data), []
     for rank, rate in tried:
         own = equal_budget(config, [len(each.queries) for each in data.sets], rank, rate)
         name = f"multi-task-{own.expert.shared_rank}-{rate:g}"
         work = ours.with_name(f"{name}-{artifact.fingerprint(to_json(own))[:8]}")
-        learned = learn_shared(
-            data, embedder.in_precision(own.precision), DevBlends(data), own, work, show_progress_bar=True
-        )
+        learned = learn_shared(data, embedder.in_precision(own.precision), blends, own, work, show_progress_bar=True)
         bank = experts.scaled(experts.stack([learned.delta]), np.full(1, learned.strength))
         alone = Embedder(base, experts.with_base(bank)).alone(1)
         made.append(

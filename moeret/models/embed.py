@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moeret import artifact
-from moeret.data.buckets import Batch, length_batches, pad, power_of_four, standard_edges
+from moeret.data.buckets import length_batches, pad, power_of_four, standard_edges
 from moeret.models.encoder import EncoderConfig, cast_kernels, mean_token, with_params
 from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
 from moeret.models.pretrained import Base
@@ -56,10 +56,11 @@ def _plain_branch(
 
 
 class Hidden(NamedTuple):
-    """A batch of texts after the trunk: which ones, their tokens' hidden states, and how many tokens each has."""
+    """A batch of texts after the trunk: which ones, their tokens' hidden states and means, and how many tokens each has."""
 
     rows: Int[np.ndarray, "B"]
     x: Float[Array, "S L D"]  # S >= B
+    mean: Float[Array, "S D"]
     lengths: Int[Array, "S"]
 
 
@@ -110,16 +111,22 @@ class Embedder:
 
     def hidden(self, texts: Sequence[str]) -> Iterator[Hidden]:
         """What the trunk makes of texts, batch by batch: the same for the base and every expert."""
-        for start, ids, batch in self._batches(texts):
-            x, _, lengths = self._run_trunk(ids, batch)
-            yield Hidden(start + batch.rows, x, lengths)
+        encoder = self.base_encoder
+        for start in range(0, len(texts), _CHUNK):
+            ids = encoder.tokenizer(texts[start : start + _CHUNK])
+            counts = np.array([len(own) for own in ids])
+            edges = standard_edges(encoder.tokenizer.max_length, int(counts.sum()))
+            for batch in length_batches(counts, edges):
+                padded, lengths = jax.device_put(pad(ids, batch))
+                x, mean = _trunk(encoder.config, self.trunk_layers, self._params, padded, lengths)
+                yield Hidden(start + batch.rows, x, mean, lengths)
 
     def base_of(
         self, hidden: Iterable[Hidden], count: int, *, normalize: bool = True, advance: Advance | None = None
     ) -> Float[np.ndarray, "N D"]:
         """Base embeddings of `count` texts from what the trunk made of them."""
         out = np.empty((count, self.width), np.float32)
-        for rows, x, lengths in hidden:
+        for rows, x, _, lengths in hidden:
             out[rows] = self._run_base(x, lengths)[: len(rows)]
             if advance:
                 advance(len(rows))
@@ -138,9 +145,7 @@ class Embedder:
         if len(texts) >= _MANY and weights.shape[1] == 1 and (weights == 1).all() and (experts == experts[0]).all():
             return self.alone(int(experts[0, 0])).base(texts, normalize=normalize, advance=advance)
         out = np.empty((len(texts), self.width), np.float32)
-        for start, ids, batch in self._batches(texts):
-            x, _, lengths = self._run_trunk(ids, batch)
-            rows = start + batch.rows
+        for rows, x, _, lengths in self.hidden(texts):
             out[rows] = self._run_branch(x, lengths, experts[rows], weights[rows])[: len(rows)]
             if advance:
                 advance(len(rows))
@@ -152,12 +157,11 @@ class Embedder:
         """What routers read of each text: the trunk's mean token and the unit base embedding, or one of them."""
         halves = [kind for kind in ("trunk", "base") if reads in (None, kind)]
         out = np.empty((len(halves), len(texts), self.width), np.float32)
-        for start, ids, batch in self._batches(texts):
-            x, mean, lengths = self._run_trunk(ids, batch)
+        for rows, x, mean, lengths in self.hidden(texts):
             for own, kind in zip(out, halves, strict=True):
-                own[start + batch.rows] = self._reading(kind, x, mean, lengths)[: len(batch.rows)]
+                own[rows] = self._reading(kind, x, mean, lengths)[: len(rows)]
             if advance:
-                advance(len(batch.rows))
+                advance(len(rows))
         return np.concatenate(list(out), axis=1)
 
     def routed(
@@ -171,9 +175,7 @@ class Embedder:
         """(what the router chose, embeddings by the merged experts); the trunk is read once for both."""
         merged = np.empty((len(texts), self.width), np.float32)
         order, choices = [np.empty(0, np.int64)], [router.choose(merged[:0])]
-        for start, ids, batch in self._batches(texts):
-            rows = start + batch.rows
-            x, mean, lengths = self._run_trunk(ids, batch)
+        for rows, x, mean, lengths in self.hidden(texts):
             choice = router.choose(self._reading(router.reads, x, mean, lengths)[: len(rows)])
             merged[rows] = self._run_branch(x, lengths, choice.experts, choice.weights)[: len(rows)]
             order.append(rows)
@@ -186,18 +188,6 @@ class Embedder:
 
     def _reading(self, reads: Reads, x: Array, mean: Array, lengths: Array) -> np.ndarray:
         return np.asarray(mean) if reads == "trunk" else _unit_rows(self._run_base(x, lengths))
-
-    def _batches(self, texts: Sequence[str]):
-        for start in range(0, len(texts), _CHUNK):
-            ids = self.base_encoder.tokenizer(texts[start : start + _CHUNK])
-            lengths = np.array([len(own) for own in ids])
-            edges = standard_edges(self.base_encoder.tokenizer.max_length, int(lengths.sum()))
-            for batch in length_batches(lengths, edges):
-                yield start, ids, batch
-
-    def _run_trunk(self, ids, batch: Batch) -> tuple[Array, Array, Array]:
-        padded, lengths = jax.device_put(pad(ids, batch))
-        return *_trunk(self.base_encoder.config, self.trunk_layers, self._params, padded, lengths), lengths
 
     def _run_base(self, x: Array, lengths: Array) -> np.ndarray:
         return np.asarray(_plain_branch(self.base_encoder.config, self.trunk_layers, self._params, x, lengths))
