@@ -43,6 +43,11 @@ class _Plan:
     shares: list[dict[str, float]]
     routes: list[Route]
 
+    def of(self, rows: Int[np.ndarray, "_"]) -> "_Plan":
+        """The plan of some of the queries."""
+        shares = [self.shares[row] for row in rows]
+        return _Plan(self.weights[rows], lambda name, own: self.vectors(name, rows[own]), shares, [])
+
     def blend(self, row: int, name: str, blends: Mapping[str, Blend]) -> Blend:
         """What counts beside the cosine for a query in an index: its words everywhere alike, the memory of its expert there."""
         shares = self.shares[row]
@@ -162,35 +167,41 @@ class Retriever:
             return Rankings([], [], [])
         texts, words, fusion = self.model.with_prompt(queries, "query"), stems(queries), fusion or self.fusion
         plan = self._plan(texts, route, experts)
-        found = self._search(plan, words, k, fusion)
+        found = self._search(plan, words, k, fusion, self.blends)
         return self._second_look(found, plan, texts, words, k) if route == "auto" and fusion == "score" else found
 
     def _second_look(
         self, found: Rankings, plan: _Plan, texts: Sequence[str], words: Sequence[list[str]], k: int
     ) -> Rankings:
-        """Searches with the base's vector where the best hit is in the base's own index.
+        """Searches with the base's vector where, memories aside, the best hit is in the base's own index.
 
-        Such a query is of no expert's domain, although the router took it for one's.
+        Such a query is of no expert's domain, although the router took it for one's. The base's index remembers nothing, so an
+        expert's memory does not tell which of both a query is for.
         """
-        rows = [row for row, (hits, _) in enumerate(found.ranked) if self._holders(hits[:1]) == [BASE_EXPERT]]
-        if rows:
+        asked = np.flatnonzero([BASE_EXPERT in names for names in found.indexes])
+        words_alone = {name: Blend(own.lexical) for name, own in self.blends.items()}
+        best = self._search(plan.of(asked), [words[row] for row in asked], 1, "score", words_alone)
+        rows = asked[np.array([self._holders(hits) == [BASE_EXPERT] for hits, _ in best.ranked], bool)]
+        if len(rows):
             vectors = self.model.embedder.base([texts[row] for row in rows])
             as_base = _Plan(plan.weights[rows], _one_vector(vectors), [{BASE_EXPERT: 1.0}] * len(rows), [])
-            again = self._search(as_base, [words[row] for row in rows], k, "score")
+            again = self._search(as_base, [words[row] for row in rows], k, "score", self.blends)
             for row, ranked in zip(rows, again.ranked, strict=True):
                 found.ranked[row] = ranked
                 found.routes[row] = dataclasses.replace(found.routes[row], experts={}, abstained=True)
         return found
 
-    def _search(self, plan: _Plan, words: Sequence[list[str]], k: int, fusion: Fusion) -> Rankings:
+    def _search(
+        self, plan: _Plan, words: Sequence[list[str]], k: int, fusion: Fusion, blends: Mapping[str, Blend]
+    ) -> Rankings:
         """What queries, of which these are the stems, find by a plan."""
         rankings: list[list[Ranking]] = [[] for _ in words]
         for number, (name, index) in enumerate(self._indexes.items()):
             rows = np.flatnonzero(plan.weights[:, number] > 0)
             if len(rows):
                 slope, intercept = self._calibration[name] or (1.0, 0.0)
-                blends = [plan.blend(row, name, self.blends) for row in rows]
-                found = index.search(plan.vectors(name, rows), [words[row] for row in rows], blends, k)
+                wanted = [plan.blend(row, name, blends) for row in rows]
+                found = index.search(plan.vectors(name, rows), [words[row] for row in rows], wanted, k)
                 for row, (hits, scores) in zip(rows, found, strict=True):
                     weight = float(plan.weights[row, number])
                     rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
