@@ -140,9 +140,9 @@ class Retriever:
           k: how many hits, at least 1. Beyond 100 more candidates get a whole score, which may change the first hits too.
           route: `auto` lets the router choose; with documents in the base's space a strange query searches the base's own index
             too, where all documents without a domain are, and with fusion by score it searches again with the base's vector
-            where its best hit is one of them. `all` uses the router's experts but searches every index; `base` searches every
-            index as the base would, `shared` with the shared delta alone; an expert's name searches its index with it. Words
-            and memory count as `blends` says of what is used.
+            where its best hit, memories aside, is one of them. `all` uses the router's experts but searches every index; `base`
+            searches every index as the base would, `shared` with the shared delta alone; an expert's name searches its index
+            with it. Words and memory count as `blends` says of what is used.
           experts: at most this many experts are merged per query (auto and all); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
             default there); `calibrated` (the default elsewhere) or `rrf`.

@@ -14,6 +14,7 @@ import moeret
 from moeret import artifact
 from moeret.config import IndexConfig
 from moeret.data.beir import read_corpus
+from moeret.models.memory import Blend
 from moeret.models.model import Model
 from moeret.retrieval import build
 from moeret.retrieval.build import build_index
@@ -126,6 +127,15 @@ def test_a_query_whose_best_hit_has_no_domain_is_searched_again_as_the_base_woul
             assert [hit.id for hit in own] == [hit.id for hit in base if hit.expert in indexes][:5]
         else:
             assert own[0].expert != "base" and route.experts
+
+
+def test_a_memory_does_not_tell_whose_a_query_is(with_rivers):
+    retriever, rivers = with_rivers
+    retriever.strange_limit = -np.inf
+    without = retriever.route(rivers)
+    retriever.blends = {name: Blend(0.0, 50.0) for name in retriever.model.experts}
+    assert any(own.abstained for own in without)
+    assert [own.abstained for own in retriever.route(rivers)] == [own.abstained for own in without]
 
 
 def test_the_lower_the_limit_the_more_queries_search_the_base_s_own_index(with_rivers):
