@@ -1,4 +1,4 @@
-"""What an expert learns best with: where it starts, rates, ranks, temperature, full-rank feed-forward experts.
+"""What an expert learns best with: where it starts, negatives, label-free pairs, ranks, layers, rates, feed-forward experts.
 
 Command:  python -m experiments.recipe --data DATA [--pooled runs/pooled_domains] [--out runs/recipe]
           DATA and --pooled as experiments.pooled_domains leaves them; the first seed's shared delta is used.
@@ -9,6 +9,8 @@ Expected: the line `as it is` or one within the noise of it has the best dev nDC
 
 import dataclasses
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +19,24 @@ import numpy as np
 import tyro
 
 import moeret
+from experiments.losses import (
+    GUARD,
+    HARDEST,
+    Loss,
+    corrected_for_frequency,
+    guarded,
+    hardest,
+    in_batch,
+    training_with,
+)
 from experiments.pooled_domains import TRAINED
 from moeret.config import TrainConfig
+from moeret.data.beir import sample
+from moeret.data.pairs import label_free_pairs
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.model import VECTORS, WORK, read_shared
+from moeret.training.batches import TrainingSet
 from moeret.training.learn import learn
 from moeret.training.prepare import Prepared, prepare, read_domains
 from scripts.benchmarks import fast_precision, markdown_table, write_section
@@ -40,6 +55,8 @@ class Trial:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     expert: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: Start = "base"
+    loss: Callable[[Prepared], Loss] | None = None
+    label_free: bool = False
 
 
 TRIALS = (
@@ -56,6 +73,15 @@ TRIALS = (
         config={"learning_rate": 5e-4},
         start="base, alone",
     ),
+    Trial(name="negatives out of the batch", loss=lambda data: in_batch),
+    Trial(name=f"the {HARDEST} hardest negatives", loss=lambda data: hardest),
+    Trial(name=f"no negatives nearer than {GUARD:g} of the best positive", loss=lambda data: guarded),
+    Trial(
+        name="corrected for how often a document is a positive",
+        loss=lambda data: corrected_for_frequency([own.positives for own in data.sets], len(data.pool)),
+    ),
+    Trial(name="as many label-free pairs added", label_free=True),
+    Trial(name="all six layers, no shared delta", expert={"layers": 6}, start="base, alone"),
     Trial(name="rank 64", expert={"rank": 64}),
     Trial(name="learning rate 1e-3", config={"learning_rate": 1e-3}),
     Trial(name="learning rate 4e-3", config={"learning_rate": 4e-3}),
@@ -108,12 +134,15 @@ def _run(
     place.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, **trial.config, expert=dataclasses.replace(config.expert, **trial.expert))
     four = _only(data)
+    if trial.label_free:
+        four = dataclasses.replace(four, sets=_with_label_free_pairs(four, embedder))
     base = embedder.base_encoder
     if trial.start == "shared":
         base = dataclasses.replace(base, params=experts.fold(base.params, shared))
     own = Embedder(base, experts.base_alone(base.config, config.expert)).in_precision(config.precision)
     merged = shared if trial.start == "base" else None
-    learned = learn(four, own, merged, None, config, place, show_progress_bar=True)
+    with training_with(trial.loss(four)) if trial.loss else nullcontext():
+        learned = learn(four, own, merged, None, config, place, show_progress_bar=True)
     result = {
         "base": learned.base_dev.tolist(),
         "dev": learned.dev.tolist(),
@@ -141,6 +170,18 @@ def _only(data: Prepared) -> Prepared:
     return Prepared(
         [data.domains[n] for n in numbers], sets, dev, [data.profiles[n] for n in numbers], np.concatenate(blocks)
     )
+
+
+def _with_label_free_pairs(data: Prepared, embedder: Embedder) -> list[TrainingSet]:
+    """The training sets, each with queries made of its documents behind the judged ones, as many where there are so many."""
+    base, sets = embedder.base_encoder, []
+    for domain, own in zip(data.domains, data.sets, strict=True):
+        pairs = sample(label_free_pairs(domain.corpus), len(own.queries))
+        place = {document.id: row for document, row in zip(domain.corpus, own.documents.tolist(), strict=True)}
+        ids = base.tokenizer([base.prompts["query"] + text for text in pairs.queries.values()])
+        positives = [np.array([place[id] for id in documents]) for documents in pairs.qrels.values()]
+        sets.append(dataclasses.replace(own, queries=[*own.queries, *ids], positives=[*own.positives, *positives]))
+    return sets
 
 
 def _body(found: dict[str, dict[str, Any]], config: TrainConfig) -> str:

@@ -1,0 +1,91 @@
+"""Losses that were tried for query-tower training and did not stay: other negatives, and corrections of their scores.
+
+Each takes what moeret.training.losses.pooled_decoupled_softmax takes, and differs from it in which documents are negatives or how
+much they count.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moeret.training import step
+from moeret.training.losses import Pool
+
+Loss = Callable[[Float[Array, "B D"], Pool, Int[Array, "B P"], float], Float[Array, "B"]]
+GUARD = 0.95
+"""Negatives at least so near, as a share of the best positive's cosine, are taken for unjudged positives (NV-Retriever,
+arXiv 2407.15831, does so when it mines)."""
+HARDEST = 64
+
+
+@contextmanager
+def training_with(loss: Loss) -> Iterator[None]:
+    """Puts another loss into the training step."""
+    usual = step.pooled_decoupled_softmax
+    step.pooled_decoupled_softmax = loss
+    step.add_batch.clear_cache()
+    try:
+        yield
+    finally:
+        step.pooled_decoupled_softmax = usual
+        step.add_batch.clear_cache()
+
+
+def in_batch(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
+    """Negatives are the other queries' positives alone."""
+    columns = positives.ravel()
+    scores = queries @ pool.rows[jnp.maximum(columns, 0)].astype(jnp.float32).T / temperature
+    relevant = (columns[None, :, None] == positives[:, None, :]).any(axis=2)
+    negatives = jax.nn.logsumexp(jnp.where(relevant | (columns < 0)[None], -jnp.inf, scores), axis=1)
+    return _mean_over_positives(negatives, _own(queries, pool, positives) / temperature, positives)
+
+
+def hardest(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
+    """Negatives are the HARDEST documents nearest to each query at this step alone."""
+    scores, own = _scores(queries, pool, positives)
+    nearest, _ = jax.lax.top_k(scores, HARDEST)
+    return _mean_over_positives(jax.nn.logsumexp(nearest / temperature, axis=1), own / temperature, positives)
+
+
+def guarded(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
+    """Negatives about as near as the best positive are left out (GUARD)."""
+    scores, own = _scores(queries, pool, positives)
+    best = jnp.where(positives >= 0, own, -jnp.inf).max(axis=1, keepdims=True)
+    kept = jnp.where(scores < GUARD * best, scores, -jnp.inf)
+    return _mean_over_positives(jax.nn.logsumexp(kept / temperature, axis=1), own / temperature, positives)
+
+
+def corrected_for_frequency(positives_of: Sequence[Sequence[np.ndarray]], documents: int) -> Loss:
+    """Documents that are positives of many train queries count as likelier beforehand (logit adjustment, arXiv 2007.07314)."""
+    rows = np.concatenate([own for each in positives_of for own in each])
+    prior = jnp.log1p(jnp.asarray(np.bincount(rows, minlength=documents), jnp.float32))
+
+    def loss(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
+        scores, own = _scores(queries, pool, positives)
+        negatives = jax.nn.logsumexp(scores / temperature + prior[None], axis=1)
+        return _mean_over_positives(negatives, own / temperature + prior[jnp.maximum(positives, 0)], positives)
+
+    return loss
+
+
+def _scores(queries: Array, pool: Pool, positives: Array) -> tuple[Array, Array]:
+    """Cosines with the pool, minus infinity for a query's positives, and with these, [B, P]."""
+    scores = queries @ pool.columns.astype(jnp.float32)
+    outside = jnp.where(positives >= 0, positives, scores.shape[1])
+    masked = scores.at[jnp.arange(len(queries))[:, None], outside].set(-jnp.inf, mode="drop")
+    return masked, _own(queries, pool, positives)
+
+
+def _own(queries: Array, pool: Pool, positives: Array) -> Array:
+    return jnp.einsum("bd,bpd->bp", queries, pool.rows[jnp.maximum(positives, 0)].astype(jnp.float32))
+
+
+def _mean_over_positives(negatives: Array, own: Array, positives: Array) -> Array:
+    """The decoupled softmax from the negatives' log-sum-exp and the positives' scores."""
+    present = positives >= 0
+    losses = jnp.where(present, jax.nn.softplus(negatives[:, None] - own), 0.0)
+    return losses.sum(axis=1) / jnp.maximum(present.sum(axis=1), 1).astype(own.dtype)
