@@ -13,7 +13,6 @@ from moeret.config import TrainConfig, to_json
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.model import VECTORS, WORK, Model
-from moeret.training.blend import DevBlends
 from moeret.training.learn import learn_shared, shared_limit
 from moeret.training.prepare import prepare, read_domains
 
@@ -50,12 +49,12 @@ def train_multi_task(
     base = model.base
     embedder = Embedder(base, experts.base_alone(base.config, config.expert))
     data = prepare(read, embedder, config, ours / WORK / VECTORS, show_progress_bar=True)
-    blends, made = DevBlends(data), []
+    made = []
     for rank, rate in tried:
         own = equal_budget(config, [len(each.queries) for each in data.sets], rank, rate)
         name = f"multi-task-{own.expert.shared_rank}-{rate:g}"
         work = ours.with_name(f"{name}-{artifact.fingerprint(to_json(own))[:8]}")
-        learned = learn_shared(data, embedder.in_precision(own.precision), blends, own, work, show_progress_bar=True)
+        learned = learn_shared(data, embedder.in_precision(own.precision), own, work, show_progress_bar=True)
         bank = experts.scaled(experts.stack([learned.delta]), np.full(1, learned.strength))
         alone = Embedder(base, experts.with_base(bank)).alone(1)
         made.append(

@@ -18,7 +18,6 @@ from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.models import experts
 from moeret.models.embed import Embedder
-from moeret.models.memory import Blend
 from moeret.progress import progress_bar
 from moeret.training.batches import Batches
 from moeret.training.blend import Blended, DevBlends
@@ -31,20 +30,19 @@ from moeret.types import SHARED_EXPERT
 
 
 class LearnedShared(NamedTuple):
-    """The shared delta at its best step, without a leading axis, and how strong it is best used alone."""
+    """The shared delta at its best step, without a leading axis, how strong it is best used alone, and dev's vectors by it."""
 
     delta: experts.Bank
     step: int
     strength: float
-    blend: Blend
     base_dev: float
     dev: float
+    dev_vectors: Sequence[Float[np.ndarray, "Q D"]]
 
 
 def learn_shared(
     data: Prepared,
     embedder: Embedder,
-    blends: DevBlends,
     config: TrainConfig,
     work: Path,
     *,
@@ -72,8 +70,8 @@ def learn_shared(
     strength, values = choose_strength(fitted.bank, tower.values_of_one)
     before, after = (float(np.mean([own.mean() for own in scored])) for scored in (tower.base(), values))
     alone = embedder.with_bank(experts.with_base(experts.scaled(fitted.bank, np.full(1, strength)))).alone(1)
-    blend = blends.of_one([alone.base(own.texts) for own in data.dev])
-    return LearnedShared(experts.take(fitted.bank, 0), int(fitted.steps[0]), strength, blend, before, after)
+    vectors = [alone.base(own.texts) for own in data.dev]
+    return LearnedShared(experts.take(fitted.bank, 0), int(fitted.steps[0]), strength, before, after, vectors)
 
 
 def shared_limit(config: TrainConfig, train_queries: Sequence[int]) -> int:

@@ -80,9 +80,7 @@ def train(
         embedder, shared = embedder.in_precision(config.precision), None
         blends = DevBlends(data) if config.tower == "query" else None
         if config.expert.shared_rank and blends:
-            shared = learn_shared(
-                data, embedder, blends, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar
-            )
+            shared = learn_shared(data, embedder, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar)
         delta = shared and shared.delta
         trained = learn(data, embedder, delta, blends, config, work, show_progress_bar=show_progress_bar)
         search = None
@@ -109,7 +107,7 @@ def train(
             },
             "tower": config.tower,
             "expert": to_json(config.expert),
-            "shared": shared and _write_shared(draft, shared),
+            "shared": shared and _write_shared(draft, shared, blends.of_one(shared.dev_vectors)),
             "experts": entries,
             "router": _write_routers(draft, query_router, _document_router(data.profiles), report),
             "request": request,
@@ -240,13 +238,13 @@ def _require_same(old: dict[str, Any], new: dict[str, Any], what: str, folder: P
         )
 
 
-def _write_shared(draft: Draft, shared: LearnedShared) -> dict[str, Any]:
+def _write_shared(draft: Draft, shared: LearnedShared, blend: Blend) -> dict[str, Any]:
     tensors = experts.flatten(shared.delta)
     return {
         "file": draft.add("experts/_shared.safetensors", lambda path: save_file(tensors, path)),
         "step": shared.step,
         "strength": shared.strength,
-        "blend": shared.blend._asdict(),
+        "blend": blend._asdict(),
         "base_dev_ndcg": round(shared.base_dev, 5),
         "dev_ndcg": round(shared.dev, 5),
     }
