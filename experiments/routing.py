@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.routing --data DATA [--pooled runs/pooled_domains]
           DATA and --pooled as experiments.pooled_domains leaves them; the first seed's model and index are used.
-Time:     about 10 minutes on 2 cores.
+Time:     about 15 minutes on 2 cores.
 Expected: a learned router on the trunk is right more often than one on the base's embedding, which is right more often than
           nearest centroids; merging deltas by probability beats one expert, and beats several experts' lists fused; with the
           index's evidence fewer indexes are searched at the same quality. Writes its section into BENCHMARKS.md.
@@ -108,7 +108,7 @@ def _routers(retriever: moeret.Retriever, texts: dict[str, list[list[str]]], vot
     columns = ["router", "dev accuracy", "dev ECE", "test accuracy", "test ECE", "µs a query, after reading"]
     return (
         f"Share of queries whose most probable expert is their domain's, and expected calibration error (15 bins), domains "
-        f"weighing the same; fitted on {TRAIN_QUERIES} train queries a domain, calibrated on dev:\n\n"
+        f"weighing the same; fitted on at most {TRAIN_QUERIES} train queries a domain, calibrated on dev:\n\n"
         + markdown_table(columns, rows)
         + "\n\nAbstention on test: share answered / share of them that go to the right expert, by the least best probability:\n\n"
         + markdown_table(["router", *(f"{threshold:g}" for threshold in ABSTAIN)], curves)
