@@ -89,7 +89,10 @@ def _routers(retriever: moeret.Retriever, texts: dict[str, list[list[str]]], vot
         shape = dataclasses.replace(moeret.ExpertConfig(), layers=base.config.layers - depth)
         embedder = Embedder(base, experts.base_alone(base.config, shape))
         read = {split: [embedder.readings(own, reads="trunk") for own in domains] for split, domains in texts.items()}
-        add(f"learned, mean token after {depth} layers", fit_learned(read["train"], "trunk"), read)
+        add(f"learned, mean and deviation of tokens after {depth} layers", fit_learned(read["train"], "trunk"), read)
+        if shape.layers == moeret.ExpertConfig().layers:
+            means = {split: [own[:, : base.config.width] for own in domains] for split, domains in read.items()}
+            add(f"learned, mean of tokens after {depth} layers", fit_learned(means["train"], "trunk"), means)
     read = {split: [embedder.readings(own, reads="base") for own in domains] for split, domains in texts.items()}
     add("learned, base embedding", fit_learned(read["train"], "base"), read)
     add("nearest centroids, base embedding", centroid_router(read["train"]), read)

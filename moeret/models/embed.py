@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moeret import artifact
 from moeret.data.buckets import length_batches, pad, power_of_four, standard_edges
-from moeret.models.encoder import EncoderConfig, cast_kernels, mean_token, with_params
+from moeret.models.encoder import EncoderConfig, cast_kernels, token_moments, with_params
 from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
@@ -29,9 +29,9 @@ _MANY = 64
 @jax.jit(static_argnames=("encoder", "layers"))
 def _trunk(
     encoder: EncoderConfig, layers: int, params, ids: Int[Array, "B L"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B L D"], Float[Array, "B D"]]:
+) -> tuple[Float[Array, "B L D"], Float[Array, "B D2"]]:
     x = with_params(encoder, params).trunk(ids, lengths, layers)
-    return x, mean_token(x, lengths)
+    return x, token_moments(x, lengths)
 
 
 @jax.jit(static_argnames=("encoder", "layers"))
@@ -56,11 +56,11 @@ def _plain_branch(
 
 
 class Hidden(NamedTuple):
-    """A batch of texts after the trunk: which ones, their tokens' hidden states and means, and how many tokens each has."""
+    """A batch of texts after the trunk: which ones, their tokens' hidden states, these' moments, and how many each has."""
 
     rows: Int[np.ndarray, "B"]
     x: Float[Array, "S L D"]  # S >= B
-    mean: Float[Array, "S D"]
+    moments: Float[Array, "S D2"]
     lengths: Int[Array, "S"]
 
 
@@ -118,8 +118,8 @@ class Embedder:
             edges = standard_edges(encoder.tokenizer.max_length, int(counts.sum()))
             for batch in length_batches(counts, edges):
                 padded, lengths = jax.device_put(pad(ids, batch))
-                x, mean = _trunk(encoder.config, self.trunk_layers, self._params, padded, lengths)
-                yield Hidden(start + batch.rows, x, mean, lengths)
+                x, moments = _trunk(encoder.config, self.trunk_layers, self._params, padded, lengths)
+                yield Hidden(start + batch.rows, x, moments, lengths)
 
     def base_of(
         self, hidden: Iterable[Hidden], count: int, *, normalize: bool = True, advance: Advance | None = None
@@ -153,16 +153,16 @@ class Embedder:
 
     def readings(
         self, texts: Sequence[str], *, reads: Reads | None = None, advance: Advance | None = None
-    ) -> Float[np.ndarray, "N D2"]:
-        """What routers read of each text: the trunk's mean token and the unit base embedding, or one of them."""
-        halves = [kind for kind in ("trunk", "base") if reads in (None, kind)]
-        out = np.empty((len(halves), len(texts), self.width), np.float32)
-        for rows, x, mean, lengths in self.hidden(texts):
-            for own, kind in zip(out, halves, strict=True):
-                own[rows] = self._reading(kind, x, mean, lengths)[: len(rows)]
+    ) -> Float[np.ndarray, "N R"]:
+        """What routers read of each text: moments of the trunk's tokens and the unit base embedding, or one of them."""
+        widths = {"trunk": 2 * self.width, "base": self.width}
+        parts = {kind: np.empty((len(texts), widths[kind]), np.float32) for kind in widths if reads in (None, kind)}
+        for rows, x, moments, lengths in self.hidden(texts):
+            for kind, own in parts.items():
+                own[rows] = self._reading(kind, x, moments, lengths)[: len(rows)]
             if advance:
                 advance(len(rows))
-        return np.concatenate(list(out), axis=1)
+        return np.concatenate([*parts.values()], axis=1)
 
     def routed(
         self,
@@ -174,9 +174,9 @@ class Embedder:
     ) -> tuple[Choice, Float[np.ndarray, "N D"]]:
         """(what the router chose, embeddings by the merged experts); the trunk is read once for both."""
         merged = np.empty((len(texts), self.width), np.float32)
-        order, choices = [np.empty(0, np.int64)], [router.choose(merged[:0])]
-        for rows, x, mean, lengths in self.hidden(texts):
-            choice = router.choose(self._reading(router.reads, x, mean, lengths)[: len(rows)])
+        order, choices = [np.empty(0, np.int64)], [router.choose(router.weights.T[:0])]
+        for rows, x, moments, lengths in self.hidden(texts):
+            choice = router.choose(self._reading(router.reads, x, moments, lengths)[: len(rows)])
             merged[rows] = self._run_branch(x, lengths, choice.experts, choice.weights)[: len(rows)]
             order.append(rows)
             choices.append(choice)
@@ -186,8 +186,8 @@ class Embedder:
         choice = Choice(*(np.concatenate(field)[back] for field in zip(*choices, strict=True)))
         return choice, _unit_rows(merged) if normalize else merged
 
-    def _reading(self, reads: Reads, x: Array, mean: Array, lengths: Array) -> np.ndarray:
-        return np.asarray(mean) if reads == "trunk" else _unit_rows(self._run_base(x, lengths))
+    def _reading(self, reads: Reads, x: Array, moments: Array, lengths: Array) -> np.ndarray:
+        return np.asarray(moments) if reads == "trunk" else _unit_rows(self._run_base(x, lengths))
 
     def _run_base(self, x: Array, lengths: Array) -> np.ndarray:
         return np.asarray(_plain_branch(self.base_encoder.config, self.trunk_layers, self._params, x, lengths))

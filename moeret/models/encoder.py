@@ -254,6 +254,15 @@ def mean_token(x: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Arra
     return (x * kept).sum(1) / lengths[:, None].astype(x.dtype)
 
 
+def token_moments(x: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D2"]:
+    """The mean of each row's tokens, then their standard deviation, padding left out.
+
+    Statistics pooling, as in x-vectors (Snyder et al., ICASSP 2018).
+    """
+    mean = mean_token(x, lengths)
+    return jnp.concatenate([mean, jnp.sqrt(mean_token((x - mean[:, None]) ** 2, lengths))], axis=1)
+
+
 def unit(vectors: Float[Array, "B D"]) -> Float[Array, "B D"]:
     """Vectors scaled to length 1; a zero vector stays zero."""
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -1,10 +1,10 @@
 """The router: what the base makes of a query in, a probability per expert out, and which experts to use.
 
-A query's *reading* is [2D]: the mean token of the trunk, then the unit base embedding. Both kinds of router are linear in
-half of it, so they share all code but the fitting. `centroids` scores an expert by the cosine to the mean of its training
-queries (the training-free router of RouterRetriever, arXiv 2409.02685, with one pilot an expert); `learned` is multinomial
-logistic regression, on the trunk for queries, so that they need no pass through the base's own branch. A scale,
-calibrated on dev, makes either's scores probabilities (temperature scaling, arXiv 1706.04599).
+A query's *reading* is [3D]: mean and standard deviation of its tokens after the trunk, then the unit base embedding. Both
+kinds of router are linear in a part of it, so they share all code but the fitting. `centroids` scores an expert by the cosine
+to the mean of its training queries (the training-free router of RouterRetriever, arXiv 2409.02685, with one pilot an expert);
+`learned` is multinomial logistic regression, on the trunk for queries, so that they need no pass through the base's own branch.
+A scale, calibrated on dev, makes either's scores probabilities (temperature scaling, arXiv 1706.04599).
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ CENTROID_SCALE = 20.0
 
 
 Reads = Literal["trunk", "base"]
-"""The half of a reading that a router is linear in."""
+"""The part of a reading that a router is linear in."""
 
 
-def half(readings: Float[np.ndarray, "Q D2"], reads: Reads) -> Float[np.ndarray, "Q D"]:
-    """The trunk's or the base's half of readings."""
-    width = readings.shape[1] // 2
-    return readings[:, :width] if reads == "trunk" else readings[:, width:]
+def part(readings: Float[np.ndarray, "Q R"], reads: Reads) -> Float[np.ndarray, "Q F"]:
+    """The trunk's or the base's part of readings."""
+    trunk = readings.shape[1] * 2 // 3
+    return readings[:, :trunk] if reads == "trunk" else readings[:, trunk:]
 
 
 class Choice(NamedTuple):

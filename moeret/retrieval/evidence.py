@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from moeret.models.familiarity import least_but
 from moeret.models.model import Model, read_profile
-from moeret.models.router import half, softmax
+from moeret.models.router import part, softmax
 from moeret.retrieval.sketch import promises, spread
 from moeret.types import BASE_EXPERT
 
@@ -67,6 +67,6 @@ class Evidence:
         for entry, sketch in zip(model.published.meta["experts"], self._experts, strict=True):
             if sketch is not None:
                 profile = read_profile(model.published, entry["profile"])
-                probabilities = model.query_router.probabilities(half(profile.dev_queries, model.query_router.reads))
+                probabilities = model.query_router.probabilities(part(profile.dev_queries, model.query_router.reads))
                 values.append(-self.weigh(profile.dev_vectors, probabilities)[1])
         return -least_but(share, values) if values else 0.0

@@ -14,7 +14,7 @@ from moeret.data.pairs import label_free_pairs
 from moeret.errors import DataError
 from moeret.models.embed import Embedder, cached_vectors
 from moeret.models.model import Profile
-from moeret.models.router import half
+from moeret.models.router import part
 from moeret.progress import progress_bar
 from moeret.training.batches import TrainingSet
 from moeret.training.routing import DevSet
@@ -91,14 +91,14 @@ def prepare(
 
             return cached_vectors(run, texts, embedder.width, [cache], base.fingerprint, advance)
 
-        def read(queries: Sequence[str]) -> Float[np.ndarray, "Q D2"]:
+        def read(queries: Sequence[str]) -> Float[np.ndarray, "Q R"]:
             texts = [base.prompts["query"] + query for query in queries]
 
             def run(chunk: Sequence[str]) -> np.ndarray:
                 return embedder.readings(chunk, advance=advance)
 
             key = f"{base.fingerprint} readings after {embedder.trunk_layers} layers"
-            return cached_vectors(run, texts, 2 * embedder.width, [cache], key, advance)
+            return cached_vectors(run, texts, 3 * embedder.width, [cache], key, advance)
 
         documents = [embed(domain.corpus) for domain in domains]
         train = [read([texts[row] for row in rows]) for texts, rows in zip(train_texts, sampled, strict=True)]
@@ -114,7 +114,7 @@ def prepare(
         positives = [
             np.array([place[id] for id, score in split.qrels[query].items() if score > 0]) for query in split.queries
         ]
-        vectors = half(train[number], "base")
+        vectors = part(train[number], "base")
         sets.append(TrainingSet(domain.name, base.tokenizer(texts), vectors, positives, rows[number]))
         dev_texts = [base.prompts["query"] + text for text in dev_judged[number].queries.values()]
         ids = [document.id for document in domain.corpus]
@@ -122,7 +122,7 @@ def prepare(
         dev_sets.append(DevSet(dev_judged[number], dev_texts, dev[number], rows[number], ids, seen))
         kept = documents[number][_some(len(documents[number]), PROFILE_DOCUMENTS)]
         queries = train[number][_some(len(train[number]), PROFILE_QUERIES)]
-        profiles.append(Profile(queries, dev[number], kept, half(dev[number], "base")))
+        profiles.append(Profile(queries, dev[number], kept, part(dev[number], "base")))
     return Prepared(domains, sets, dev_sets, profiles, np.concatenate([*documents, *others]))
 
 

@@ -19,7 +19,7 @@ from moeret import metrics
 from moeret.data.beir import Judged
 from moeret.models.embed import Embedder
 from moeret.models.familiarity import balanced_moments, fit_familiarity
-from moeret.models.router import Choice, Reads, Router, centroid_router, half
+from moeret.models.router import Choice, Reads, Router, centroid_router, part
 
 MINIMA, INDIFFERENT = (0.3, 0.1, 0.03, 0.01), 0.001
 """Least probabilities tried for an expert to be used. The first, which searches fewest, whose dev nDCG@10 is within so little
@@ -37,7 +37,7 @@ class DevSet:
 
     judged: Judged
     texts: list[str]
-    readings: Float[np.ndarray, "Q D2"]
+    readings: Float[np.ndarray, "Q R"]
     documents: Int[np.ndarray, "N"]  # the domain's rows of the pool
     ids: list[str]  # their document ids
     seen: Bool[np.ndarray, "Q"]  # whether a relevant document of the query was a training positive
@@ -45,7 +45,7 @@ class DevSet:
     @property
     def vectors(self) -> Float[np.ndarray, "Q D"]:
         """Unit base vectors of the queries."""
-        return half(self.readings, "base")
+        return part(self.readings, "base")
 
 
 def fit_learned(vectors: Sequence[Float[np.ndarray, "_ D"]], reads: Reads) -> Router:
@@ -109,8 +109,8 @@ def quality(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]]) -> dict[str
 
 
 def choose_query_router(
-    train: Sequence[Float[np.ndarray, "_ D2"]],
-    dev: Sequence[Float[np.ndarray, "_ D2"]],
+    train: Sequence[Float[np.ndarray, "_ R"]],
+    dev: Sequence[Float[np.ndarray, "_ R"]],
     search: "DevSearch | None" = None,
 ) -> tuple[Router, dict[str, Any]]:
     """The better of both routers on dev, and a report of how each did.
@@ -120,7 +120,7 @@ def choose_query_router(
     report: dict[str, Any] = {"decided_by": "dev nDCG@10 of routed search" if search else "dev accuracy"}
     candidates: list[tuple[float, Router]] = []
     for reads in ("base", "trunk"):
-        own, held = [half(readings, reads) for readings in train], [half(readings, reads) for readings in dev]
+        own, held = [part(readings, reads) for readings in train], [part(readings, reads) for readings in dev]
         router = calibrate(centroid_router(own) if reads == "base" else fit_learned(own, reads), held)
         report[router.kind] = quality(router, held)
         if search:
@@ -131,7 +131,7 @@ def choose_query_router(
         candidates.append((score, router))
     best = max(candidates, key=lambda candidate: candidate[0])[1]
     report["chosen"] = best.kind
-    return _with_familiarity(best, *([half(own, best.reads) for own in part] for part in (train, dev))), report
+    return _with_familiarity(best, *([part(own, best.reads) for own in readings] for readings in (train, dev))), report
 
 
 def _with_familiarity(
@@ -174,7 +174,7 @@ class DevSearch:
         """
         found, vectors, weights = [], np.empty_like(own.vectors), np.float32(np.nan)
         for router in routers:
-            choice = router.choose(half(own.readings, router.reads))
+            choice = router.choose(part(own.readings, router.reads))
             new = np.flatnonzero((choice.weights != weights).any(axis=1))
             texts = [own.texts[row] for row in new]
             vectors[new], weights = self.embedder.mixed(texts, choice.experts[new], choice.weights[new]), choice.weights

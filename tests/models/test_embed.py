@@ -11,7 +11,7 @@ from moeret.models import embed, experts
 from moeret.models.embed import Embedder, cached_vectors
 from moeret.models.familiarity import Familiarity
 from moeret.models.pretrained import load_base
-from moeret.models.router import Router, half
+from moeret.models.router import Router, part
 
 WORDS = ["apple", "iron", "rhine", "find", "the", "a", "very", "long", "story", "zinc", "plum", "kiwi"]
 TEXTS = [
@@ -62,11 +62,12 @@ def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_routed_is_readings_and_mixed_in_one_pass(embedder, normalize, reads):
     readings = embedder.readings(TEXTS, reads=reads)
-    np.testing.assert_allclose(readings, half(embedder.readings(TEXTS), reads), **close)
-    weights = np.random.default_rng(3).normal(size=(embedder.width, 2)).astype(np.float32)
+    np.testing.assert_allclose(readings, part(embedder.readings(TEXTS), reads), **close)
+    width = readings.shape[1]
+    weights = np.random.default_rng(3).normal(size=(width, 2)).astype(np.float32)
     router = Router("learned", reads, weights, np.zeros(2, np.float32), slots=2)
     ones, known = (
-        np.ones(embedder.width, np.float32),
+        np.ones(width, np.float32),
         readings[:2] / np.linalg.norm(readings[:2], axis=1, keepdims=True),
     )
     familiarity = Familiarity(0 * ones, ones, known, 0.0)
@@ -85,14 +86,18 @@ def test_routed_is_readings_and_mixed_in_one_pass(embedder, normalize, reads):
 
 
 def test_no_texts_are_routed_to_nothing(embedder):
-    router = Router("learned", "trunk", np.ones((embedder.width, 2), np.float32), np.zeros(2, np.float32))
+    router = Router("learned", "trunk", np.ones((2 * embedder.width, 2), np.float32), np.zeros(2, np.float32))
     choice, merged = embedder.routed([], router)
     assert merged.shape == (0, embedder.width) and [len(own) for own in choice] == [0, 0, 0, 0]
 
 
-def test_a_reading_is_the_mean_token_of_the_trunk_and_the_unit_base_vector(embedder):
+def test_a_reading_is_the_moments_of_the_trunk_s_tokens_and_the_unit_base_vector(embedder):
     readings = embedder.readings(TEXTS)
-    np.testing.assert_allclose(half(readings, "base"), embedder.base(TEXTS), **close)
+    for rows, x, _, lengths in embedder.hidden(TEXTS):
+        for row, own, length in zip(rows, np.asarray(x), np.asarray(lengths), strict=False):
+            moments = np.concatenate([own[:length].mean(axis=0), own[:length].std(axis=0)])
+            np.testing.assert_allclose(part(readings, "trunk")[row], moments, **close)
+    np.testing.assert_allclose(part(readings, "base"), embedder.base(TEXTS), **close)
     alone = np.concatenate([embedder.readings([text]) for text in TEXTS])  # so padding changes nothing
     np.testing.assert_allclose(readings, alone, **close)
 

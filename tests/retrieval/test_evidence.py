@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeret.models.model import Model, read_profile
-from moeret.models.router import half
+from moeret.models.router import part
 from moeret.retrieval.evidence import DOUBT, Evidence
 from moeret.retrieval.sketch import make_sketch
 
@@ -79,7 +79,7 @@ def test_at_most_a_share_of_the_dev_queries_exceeds_the_limit(model_folder, shar
     limit, above = judge.limit(model, share), []
     for entry in model.published.meta["experts"]:
         profile = read_profile(model.published, entry["profile"])
-        before = model.query_router.probabilities(half(profile.dev_queries, model.query_router.reads))
+        before = model.query_router.probabilities(part(profile.dev_queries, model.query_router.reads))
         above.append(judge.weigh(profile.dev_vectors, before)[1] > limit)
     assert np.mean([own.mean() for own in above]) <= share + 1e-6
     rest = [own.mean() + 1 / len(own) for own in above]  # one more query of a domain would be too many

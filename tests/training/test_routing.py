@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moeret.models.router import centroid_router, half
+from moeret.models.router import centroid_router, part
 from moeret.training.calibration import fit_logistic
 from moeret.training.routing import calibrate, choose_document_router, choose_query_router, fit_learned, quality
 
@@ -20,8 +20,8 @@ def clouds(seed: int, counts=(40, 400), spread=0.6) -> list[np.ndarray]:
 
 
 def readings(seed: int, spread: float = 0.6) -> list[np.ndarray]:
-    """Both halves alike."""
-    return [np.concatenate([own, own], axis=1) for own in clouds(seed, spread=spread)]
+    """All parts alike."""
+    return [np.concatenate([own, own, own], axis=1) for own in clouds(seed, spread=spread)]
 
 
 def test_the_learned_router_separates_what_can_be_separated_whatever_the_domains_sizes():
@@ -57,8 +57,8 @@ def test_a_query_unlike_all_that_was_known_makes_the_router_abstain():
     train, dev = readings(1, spread=0.15), readings(2, spread=0.15)
     router, _ = choose_query_router(train, dev)
     stranger = -np.sum([own.mean(axis=0) for own in train], axis=0, keepdims=True)
-    assert router.choose(half(stranger, router.reads)).abstained.all()
-    assert np.mean([router.choose(half(own, router.reads)).abstained.mean() for own in dev]) < 0.05
+    assert router.choose(part(stranger, router.reads)).abstained.all()
+    assert np.mean([router.choose(part(own, router.reads)).abstained.mean() for own in dev]) < 0.05
 
 
 def test_logistic_calibration_recovers_the_curve_that_made_the_data():
