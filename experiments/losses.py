@@ -1,4 +1,4 @@
-"""Losses that were tried for query-tower training and did not stay: other negatives, and corrections of their scores.
+"""Losses that experiments.recipe compares with training's own: other negatives, and corrections of their scores.
 
 Each takes what moeret.training.losses.pooled_decoupled_softmax takes, and differs from it in which documents are negatives or how
 much they count.

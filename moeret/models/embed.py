@@ -29,7 +29,7 @@ _MANY = 64
 @jax.jit(static_argnames=("encoder", "layers"))
 def _trunk(
     encoder: EncoderConfig, layers: int, params, ids: Int[Array, "B L"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B L D"], Float[Array, "B D2"]]:
+) -> tuple[Float[Array, "B L D"], Float[Array, "B 2*D"]]:
     x = with_params(encoder, params).trunk(ids, lengths, layers)
     return x, token_moments(x, lengths)
 
@@ -60,7 +60,7 @@ class Hidden(NamedTuple):
 
     rows: Int[np.ndarray, "B"]
     x: Float[Array, "S L D"]  # S >= B
-    moments: Float[Array, "S D2"]
+    moments: Float[Array, "S 2*D"]
     lengths: Int[Array, "S"]
 
 
@@ -153,7 +153,7 @@ class Embedder:
 
     def readings(
         self, texts: Sequence[str], *, reads: Reads | None = None, advance: Advance | None = None
-    ) -> Float[np.ndarray, "N R"]:
+    ) -> Float[np.ndarray, "N _"]:
         """What routers read of each text: moments of the trunk's tokens and the unit base embedding, or one of them."""
         widths = {"trunk": 2 * self.width, "base": self.width}
         parts = {kind: np.empty((len(texts), widths[kind]), np.float32) for kind in widths if reads in (None, kind)}
@@ -174,7 +174,7 @@ class Embedder:
     ) -> tuple[Choice, Float[np.ndarray, "N D"]]:
         """(what the router chose, embeddings by the merged experts); the trunk is read once for both."""
         merged = np.empty((len(texts), self.width), np.float32)
-        order, choices = [np.empty(0, np.int64)], [router.choose(router.weights.T[:0])]
+        order, choices = [np.empty(0, np.int64)], [router.choose(np.empty((0, len(router.weights)), np.float32))]
         for rows, x, moments, lengths in self.hidden(texts):
             choice = router.choose(self._reading(router.reads, x, moments, lengths)[: len(rows)])
             merged[rows] = self._run_branch(x, lengths, choice.experts, choice.weights)[: len(rows)]

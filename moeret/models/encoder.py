@@ -254,7 +254,7 @@ def mean_token(x: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Arra
     return (x * kept).sum(1) / lengths[:, None].astype(x.dtype)
 
 
-def token_moments(x: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D2"]:
+def token_moments(x: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B 2*D"]:
     """The mean of each row's tokens, then their standard deviation, padding left out.
 
     Statistics pooling, as in x-vectors (Snyder et al., ICASSP 2018).

@@ -43,8 +43,8 @@ class Profile:
     `dev_vectors` are its dev queries as its expert embeds them; as the base does where experts embed their documents too.
     """
 
-    train_queries: Float[np.ndarray, "Q R"]
-    dev_queries: Float[np.ndarray, "Q2 R"]
+    train_queries: Float[np.ndarray, "Q 3*D"]
+    dev_queries: Float[np.ndarray, "Q2 3*D"]
     documents: Float[np.ndarray, "N D"]
     dev_vectors: Float[np.ndarray, "Q2 D"]
 

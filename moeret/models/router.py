@@ -24,7 +24,7 @@ Reads = Literal["trunk", "base"]
 """The part of a reading that a router is linear in."""
 
 
-def part(readings: Float[np.ndarray, "Q R"], reads: Reads) -> Float[np.ndarray, "Q F"]:
+def part(readings: Float[np.ndarray, "Q 3*D"], reads: Reads) -> Float[np.ndarray, "Q _"]:
     """The trunk's or the base's part of readings."""
     trunk = readings.shape[1] * 2 // 3
     return readings[:, :trunk] if reads == "trunk" else readings[:, trunk:]

@@ -91,7 +91,7 @@ def prepare(
 
             return cached_vectors(run, texts, embedder.width, [cache], base.fingerprint, advance)
 
-        def read(queries: Sequence[str]) -> Float[np.ndarray, "Q R"]:
+        def read(queries: Sequence[str]) -> Float[np.ndarray, "Q 3*D"]:
             texts = [base.prompts["query"] + query for query in queries]
 
             def run(chunk: Sequence[str]) -> np.ndarray:

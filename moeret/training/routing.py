@@ -37,7 +37,7 @@ class DevSet:
 
     judged: Judged
     texts: list[str]
-    readings: Float[np.ndarray, "Q R"]
+    readings: Float[np.ndarray, "Q 3*D"]
     documents: Int[np.ndarray, "N"]  # the domain's rows of the pool
     ids: list[str]  # their document ids
     seen: Bool[np.ndarray, "Q"]  # whether a relevant document of the query was a training positive
@@ -109,8 +109,8 @@ def quality(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]]) -> dict[str
 
 
 def choose_query_router(
-    train: Sequence[Float[np.ndarray, "_ R"]],
-    dev: Sequence[Float[np.ndarray, "_ R"]],
+    train: Sequence[Float[np.ndarray, "_ 3*D"]],
+    dev: Sequence[Float[np.ndarray, "_ 3*D"]],
     search: "DevSearch | None" = None,
 ) -> tuple[Router, dict[str, Any]]:
     """The better of both routers on dev, and a report of how each did.
