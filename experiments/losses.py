@@ -13,13 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moeret.training import step
-from moeret.training.losses import Pool
+from moeret.training.losses import GUARD, Pool
 
 Loss = Callable[[Float[Array, "B D"], Pool, Int[Array, "B P"], float], Float[Array, "B"]]
-GUARD = 0.95
-"""Negatives at least so near, as a share of the best positive's cosine, are taken for unjudged positives (NV-Retriever,
-arXiv 2407.15831, does so when it mines)."""
 HARDEST = 64
+_NEVER = -1e6
+"""As good as a cosine of minus infinity."""
 
 
 @contextmanager
@@ -40,23 +39,21 @@ def in_batch(queries: Array, pool: Pool, positives: Array, temperature: float) -
     columns = positives.ravel()
     scores = queries @ pool.rows[jnp.maximum(columns, 0)].astype(jnp.float32).T / temperature
     relevant = (columns[None, :, None] == positives[:, None, :]).any(axis=2)
-    negatives = jax.nn.logsumexp(jnp.where(relevant | (columns < 0)[None], -jnp.inf, scores), axis=1)
+    negatives = jax.nn.logsumexp(jnp.where(relevant | (columns < 0)[None], _NEVER, scores), axis=1)
     return _mean_over_positives(negatives, _own(queries, pool, positives) / temperature, positives)
 
 
-def hardest(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
-    """Negatives are the HARDEST documents nearest to each query at this step alone."""
+def unguarded(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
+    """Negatives are all documents that are not judged relevant."""
     scores, own = _scores(queries, pool, positives)
+    return _mean_over_positives(jax.nn.logsumexp(scores / temperature, axis=1), own / temperature, positives)
+
+
+def hardest(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
+    """Negatives are the HARDEST documents nearest to each query at this step alone, within the guard."""
+    scores, own = _guarded(*_scores(queries, pool, positives), positives)
     nearest, _ = jax.lax.top_k(scores, HARDEST)
     return _mean_over_positives(jax.nn.logsumexp(nearest / temperature, axis=1), own / temperature, positives)
-
-
-def guarded(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
-    """Negatives about as near as the best positive are left out (GUARD)."""
-    scores, own = _scores(queries, pool, positives)
-    best = jnp.where(positives >= 0, own, -jnp.inf).max(axis=1, keepdims=True)
-    kept = jnp.where(scores < GUARD * best, scores, -jnp.inf)
-    return _mean_over_positives(jax.nn.logsumexp(kept / temperature, axis=1), own / temperature, positives)
 
 
 def corrected_for_frequency(positives_of: Sequence[Sequence[np.ndarray]], documents: int) -> Loss:
@@ -65,7 +62,7 @@ def corrected_for_frequency(positives_of: Sequence[Sequence[np.ndarray]], docume
     prior = jnp.log1p(jnp.asarray(np.bincount(rows, minlength=documents), jnp.float32))
 
     def loss(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
-        scores, own = _scores(queries, pool, positives)
+        scores, own = _guarded(*_scores(queries, pool, positives), positives)
         negatives = jax.nn.logsumexp(scores / temperature + prior[None], axis=1)
         return _mean_over_positives(negatives, own / temperature + prior[jnp.maximum(positives, 0)], positives)
 
@@ -73,11 +70,17 @@ def corrected_for_frequency(positives_of: Sequence[Sequence[np.ndarray]], docume
 
 
 def _scores(queries: Array, pool: Pool, positives: Array) -> tuple[Array, Array]:
-    """Cosines with the pool, minus infinity for a query's positives, and with these, [B, P]."""
+    """Cosines with the pool, _NEVER for a query's positives, and with these, [B, P]."""
     scores = queries @ pool.columns.astype(jnp.float32)
     outside = jnp.where(positives >= 0, positives, scores.shape[1])
-    masked = scores.at[jnp.arange(len(queries))[:, None], outside].set(-jnp.inf, mode="drop")
+    masked = scores.at[jnp.arange(len(queries))[:, None], outside].set(_NEVER, mode="drop")
     return masked, _own(queries, pool, positives)
+
+
+def _guarded(scores: Array, own: Array, positives: Array) -> tuple[Array, Array]:
+    """The same, _NEVER also for documents about as near as the best positive."""
+    best = jnp.where(positives >= 0, own, -jnp.inf).max(axis=1, keepdims=True)
+    return jnp.where(scores < GUARD * best, scores, _NEVER), own
 
 
 def _own(queries: Array, pool: Pool, positives: Array) -> Array:

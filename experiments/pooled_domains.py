@@ -34,6 +34,7 @@ from moeret.evaluation.baselines import System, bm25_system, exact_system, fused
 from moeret.evaluation.benchmark import cost, router_report, search_route, search_system
 from moeret.evaluation.testsets import TestSet, read_test_sets, score
 from moeret.metrics import NDCG, RECALL
+from moeret.models.model import VECTORS, WORK
 from moeret.progress import progress_bar
 from moeret.retrieval.search import Rankings
 from moeret.training.prepare import read_domains
@@ -107,6 +108,8 @@ def main() -> None:
     scores, tried = [], (RIVALS[1:2] if arguments.quick else RIVALS)[: arguments.rivals]
     for seed in range(1 if arguments.quick else arguments.seeds):
         place, own = out / f"seed-{seed}", dataclasses.replace(ours, seed=seed)
+        if seed:
+            share_vectors(out / "seed-0", place)
         found, tried = run_seed(place, trained, strangers, own, tried, queries=arguments.queries, first=seed == 0)
         scores.append(found)
     body = report(scores, names, foreign, dataclasses.asdict(ours))
@@ -119,6 +122,14 @@ def main() -> None:
         write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
         write_block(FILE.with_name("README.md"), "results", summary(scores, names))
         draw(FILE.parent / "docs" / "pooled-domains.svg", scores, names)
+
+
+def share_vectors(first: Path, place: Path) -> None:
+    """Lets a seed read and keep its base vectors, which are the same for all, where the first one keeps them."""
+    vectors = place / "model" / WORK / VECTORS
+    if not vectors.exists():
+        vectors.parent.mkdir(parents=True, exist_ok=True)
+        vectors.symlink_to((first / "model" / WORK / VECTORS).resolve())
 
 
 def run_seed(

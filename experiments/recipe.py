@@ -19,16 +19,7 @@ import numpy as np
 import tyro
 
 import moeret
-from experiments.losses import (
-    GUARD,
-    HARDEST,
-    Loss,
-    corrected_for_frequency,
-    guarded,
-    hardest,
-    in_batch,
-    training_with,
-)
+from experiments.losses import HARDEST, Loss, corrected_for_frequency, hardest, in_batch, training_with, unguarded
 from experiments.pooled_domains import TRAINED
 from moeret.config import TrainConfig
 from moeret.data.beir import sample
@@ -75,7 +66,7 @@ TRIALS = (
     ),
     Trial(name="negatives out of the batch", loss=lambda data: in_batch),
     Trial(name=f"the {HARDEST} hardest negatives", loss=lambda data: hardest),
-    Trial(name=f"no negatives nearer than {GUARD:g} of the best positive", loss=lambda data: guarded),
+    Trial(name="no guard against unjudged positives", loss=lambda data: unguarded),
     Trial(
         name="corrected for how often a document is a positive",
         loss=lambda data: corrected_for_frequency([own.positives for own in data.sets], len(data.pool)),

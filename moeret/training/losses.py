@@ -4,6 +4,9 @@ InfoNCE in the form of the decoupled softmax (Dual-Encoders for Extreme Multi-La
 eq. 5): every positive competes with all negatives but not with the query's other positives,
 
     loss(q) = mean over p in P(q) of  -log( exp(s_p) / (exp(s_p) + sum over n not in P(q) of exp(s_n)) ).
+
+Over a pool of all documents some negatives answer the query too, and nobody has judged them. Those about as near to the query as
+its best positive are taken for such, and left out (as NV-Retriever does when it mines negatives, arXiv 2407.15831).
 """
 
 from typing import NamedTuple
@@ -11,6 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+GUARD = 0.95
+"""A pool's documents at least so near to a query, as a share of its best positive's cosine, are no negatives of it."""
+_NEVER = -1e9
+"""As good as a score of minus infinity, and a gradient where nothing else is left."""
 
 
 def decoupled_softmax(scores: Float[Array, "B M"], positives: Bool[Array, "B M"]) -> Float[Array, "B"]:
@@ -50,15 +58,17 @@ _pool_scores.defvjp(_scores_forward, _scores_backward)
 def pooled_decoupled_softmax(
     queries: Float[Array, "B D"], pool: Pool, positives: Int[Array, "B P"], temperature: float
 ) -> Float[Array, "B"]:
-    """The same loss with every document of a pool as a column; `positives` holds pool rows, -1 where there is none.
+    """The loss with every document of a pool as a column, but those that are taken for unjudged positives.
 
-    Equal to building the [B, N] mask of positives, but only the P positive columns are worked on twice.
+    `positives` holds pool rows, -1 where there is none; a row without any has loss 0. Only these columns are worked on twice.
     """
     scores = _pool_scores(queries, pool) / temperature
     rows = jnp.arange(len(queries))[:, None]
     present = positives >= 0
     outside = jnp.where(present, positives, scores.shape[1])  # out of bounds: dropped by the scatter
-    negatives = jax.nn.logsumexp(scores.at[rows, outside].set(-jnp.inf, mode="drop"), axis=1)
     own = scores.at[rows, outside].get(mode="fill", fill_value=0.0)
+    best = jnp.where(present, own, -jnp.inf).max(axis=1, keepdims=True)
+    others = scores.at[rows, outside].set(_NEVER, mode="drop")
+    negatives = jax.nn.logsumexp(jnp.where(others < GUARD * best, others, _NEVER), axis=1)
     losses = jax.nn.softplus(negatives[:, None] - own)
     return jnp.where(present, losses, 0.0).sum(axis=1) / jnp.maximum(present.sum(axis=1), 1).astype(scores.dtype)

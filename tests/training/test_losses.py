@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moeret.training.losses import Pool, decoupled_softmax, pooled_decoupled_softmax
+from moeret.training.losses import GUARD, Pool, decoupled_softmax, pooled_decoupled_softmax
 
 
 def reference(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -48,6 +48,19 @@ def test_the_pooled_form_equals_the_mask_form_in_value_and_gradient(seed, width)
     np.testing.assert_allclose(fast_gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_documents_as_near_as_the_best_positive_are_no_negatives():
+    query, other = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    at = [c * query + np.sqrt(1 - c * c) * other for c in (0.6, 0.8, 0.9, 0.77, 0.75)]  # rows 0 and 1 are relevant
+    documents, positives = jnp.asarray(at, jnp.float32), np.array([[0, 1]], np.int32)
+    value, gradient = _pooled(jnp.asarray(query, jnp.float32)[None], documents, positives)
+    expected = np.mean([np.log1p(np.exp((0.75 - own) / 0.5)) for own in (0.6, 0.8)])  # 0.77 > 0.95 * 0.8 > 0.75
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+    only, gradient = _pooled(jnp.asarray(query, jnp.float32)[None], documents, np.array([[0, -1]], np.int32))
+    assert only == 0, "every other document is nearer"
+    assert np.all(gradient == 0), "and nothing is learnt from the query"
+
+
 @jax.jit
 @jax.value_and_grad
 def _pooled(queries, documents, positives):
@@ -57,7 +70,9 @@ def _pooled(queries, documents, positives):
 @jax.jit
 @jax.value_and_grad
 def _masked(queries, documents, mask):
-    return decoupled_softmax(queries @ documents.T / 0.5, mask).sum()
+    scores = queries @ documents.T / 0.5
+    best = jnp.where(mask, scores, -jnp.inf).max(axis=1, keepdims=True)
+    return decoupled_softmax(jnp.where(mask | (scores < GUARD * best), scores, -1e9), mask).sum()
 
 
 def test_a_single_positive_is_plain_cross_entropy():
