@@ -49,6 +49,12 @@ def unguarded(queries: Array, pool: Pool, positives: Array, temperature: float) 
     return _mean_over_positives(jax.nn.logsumexp(scores / temperature, axis=1), own / temperature, positives)
 
 
+def guarded_at_once(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
+    """Documents nearer than the guard are left out and do not fade."""
+    scores, own = _guarded(*_scores(queries, pool, positives), positives)
+    return _mean_over_positives(jax.nn.logsumexp(scores / temperature, axis=1), own / temperature, positives)
+
+
 def hardest(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:
     """Negatives are the HARDEST documents nearest to each query at this step alone, within the guard."""
     scores, own = _guarded(*_scores(queries, pool, positives), positives)
@@ -78,8 +84,8 @@ def _scores(queries: Array, pool: Pool, positives: Array) -> tuple[Array, Array]
 
 
 def _guarded(scores: Array, own: Array, positives: Array) -> tuple[Array, Array]:
-    """The same, _NEVER also for documents about as near as the best positive."""
-    best = jnp.where(positives >= 0, own, -jnp.inf).max(axis=1, keepdims=True)
+    """The same without documents nearer than the guard."""
+    best = jnp.where(positives >= 0, own, _NEVER).max(axis=1, keepdims=True)
     return jnp.where(scores < GUARD * best, scores, _NEVER), own
 
 

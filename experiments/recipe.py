@@ -19,7 +19,16 @@ import numpy as np
 import tyro
 
 import moeret
-from experiments.losses import HARDEST, Loss, corrected_for_frequency, hardest, in_batch, training_with, unguarded
+from experiments.losses import (
+    HARDEST,
+    Loss,
+    corrected_for_frequency,
+    guarded_at_once,
+    hardest,
+    in_batch,
+    training_with,
+    unguarded,
+)
 from experiments.pooled_domains import TRAINED
 from moeret.config import TrainConfig
 from moeret.data.beir import sample
@@ -67,6 +76,7 @@ TRIALS = (
     Trial(name="negatives out of the batch", loss=lambda data: in_batch),
     Trial(name=f"the {HARDEST} hardest negatives", loss=lambda data: hardest),
     Trial(name="no guard against unjudged positives", loss=lambda data: unguarded),
+    Trial(name="the guard leaves out, nothing fades", loss=lambda data: guarded_at_once),
     Trial(
         name="corrected for how often a document is a positive",
         loss=lambda data: corrected_for_frequency([own.positives for own in data.sets], len(data.pool)),

@@ -6,7 +6,8 @@ eq. 5): every positive competes with all negatives but not with the query's othe
     loss(q) = mean over p in P(q) of  -log( exp(s_p) / (exp(s_p) + sum over n not in P(q) of exp(s_n)) ).
 
 Over a pool of all documents some negatives answer the query too, and nobody has judged them. Those about as near to the query as
-its best positive are taken for such, and left out (as NV-Retriever does when it mines negatives, arXiv 2407.15831).
+its best positive are taken for such, and fade out (NV-Retriever leaves them out when it mines negatives, arXiv 2407.15831; a loss
+that drops them at once would jump).
 """
 
 from typing import NamedTuple
@@ -15,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-GUARD = 0.95
-"""A pool's documents at least so near to a query, as a share of its best positive's cosine, are no negatives of it."""
+GUARD, STEEPNESS = 0.95, 2.0
+"""A pool's document so near to a query, as a share of its best positive's score, counts half as a negative of it, and how fast
+nearer ones fade, by the log-odds of counting that a score loses for each unit above."""
 _NEVER = -1e9
-"""As good as a score of minus infinity, and a gradient where nothing else is left."""
+"""As good as a score of minus infinity, and has a gradient."""
 
 
 def decoupled_softmax(scores: Float[Array, "B M"], positives: Bool[Array, "B M"]) -> Float[Array, "B"]:
@@ -58,7 +60,7 @@ _pool_scores.defvjp(_scores_forward, _scores_backward)
 def pooled_decoupled_softmax(
     queries: Float[Array, "B D"], pool: Pool, positives: Int[Array, "B P"], temperature: float
 ) -> Float[Array, "B"]:
-    """The loss with every document of a pool as a column, but those that are taken for unjudged positives.
+    """The loss with every document of a pool as a column, less what is taken for unjudged positives.
 
     `positives` holds pool rows, -1 where there is none; a row without any has loss 0. Only these columns are worked on twice.
     """
@@ -67,8 +69,9 @@ def pooled_decoupled_softmax(
     present = positives >= 0
     outside = jnp.where(present, positives, scores.shape[1])  # out of bounds: dropped by the scatter
     own = scores.at[rows, outside].get(mode="fill", fill_value=0.0)
-    best = jnp.where(present, own, -jnp.inf).max(axis=1, keepdims=True)
+    best = jnp.where(present, own, _NEVER).max(axis=1, keepdims=True)
     others = scores.at[rows, outside].set(_NEVER, mode="drop")
-    negatives = jax.nn.logsumexp(jnp.where(others < GUARD * best, others, _NEVER), axis=1)
+    counts = jax.lax.stop_gradient(jax.nn.log_sigmoid(STEEPNESS * (GUARD * best - others)))
+    negatives = jax.nn.logsumexp(others + counts, axis=1)
     losses = jax.nn.softplus(negatives[:, None] - own)
     return jnp.where(present, losses, 0.0).sum(axis=1) / jnp.maximum(present.sum(axis=1), 1).astype(scores.dtype)

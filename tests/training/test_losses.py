@@ -1,5 +1,7 @@
 """The contrastive losses against a plain reference."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moeret.training.losses import GUARD, Pool, decoupled_softmax, pooled_decoupled_softmax
+from moeret.training.losses import GUARD, STEEPNESS, Pool, decoupled_softmax, pooled_decoupled_softmax
 
 
 def reference(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -43,28 +45,42 @@ def test_the_pooled_form_equals_the_mask_form_in_value_and_gradient(seed, width)
         positives[row, : len(own)] = own
         mask[row, own] = True
 
-    (fast, fast_gradient), (plain, gradient) = _pooled(queries, documents, positives), _masked(queries, documents, mask)
+    (fast, fast_gradient), (plain, gradient) = (
+        _pooled(queries, documents, positives, 0.5),
+        _masked(queries, documents, mask),
+    )
     np.testing.assert_allclose(fast, plain, rtol=1e-5)
     np.testing.assert_allclose(fast_gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_documents_as_near_as_the_best_positive_are_no_negatives():
+def test_documents_nearer_than_the_best_positive_hardly_count():
     query, other = np.array([1.0, 0.0]), np.array([0.0, 1.0])
-    at = [c * query + np.sqrt(1 - c * c) * other for c in (0.6, 0.8, 0.9, 0.77, 0.75)]  # rows 0 and 1 are relevant
-    documents, positives = jnp.asarray(at, jnp.float32), np.array([[0, 1]], np.int32)
-    value, gradient = _pooled(jnp.asarray(query, jnp.float32)[None], documents, positives)
-    expected = np.mean([np.log1p(np.exp((0.75 - own) / 0.5)) for own in (0.6, 0.8)])  # 0.77 > 0.95 * 0.8 > 0.75
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
-    only, gradient = _pooled(jnp.asarray(query, jnp.float32)[None], documents, np.array([[0, -1]], np.int32))
-    assert only == 0, "every other document is nearer"
-    assert np.all(gradient == 0), "and nothing is learnt from the query"
+    def loss(*cosines: float) -> float:
+        """Of a query with positives at cosines 0.6 and 0.8 and negatives at these."""
+        at = [c * query + np.sqrt(1 - c * c) * other for c in (0.6, 0.8, *cosines)]
+        documents = jnp.asarray(at, jnp.float32)
+        value, gradient = _pooled(jnp.asarray(query, jnp.float32)[None], documents, np.array([[0, 1]], np.int32), 0.02)
+        assert np.isfinite(gradient).all()
+        return float(value)
+
+    assert loss(0.99) < loss(0.9) < loss(0.8) < loss(0.76), "the nearer, the likelier an unjudged positive"
+    assert loss(0.7) > loss(0.65), "below the guard, the nearer, the worse"
+    half = np.mean([np.log1p(0.5 * np.exp((0.76 - own) / 0.02)) for own in (0.6, 0.8)])
+    np.testing.assert_allclose(loss(0.76), half, rtol=1e-4)
 
 
-@jax.jit
+def test_a_query_without_positives_teaches_nothing():
+    random = np.random.default_rng(0)
+    queries, documents = (jnp.asarray(random.normal(size=(n, 4)), jnp.float32) for n in (2, 5))
+    value, gradient = _pooled(queries, documents, np.full((2, 1), -1, np.int32), 0.02)
+    assert value == 0 and np.all(gradient == 0)
+
+
+@partial(jax.jit, static_argnames="temperature")
 @jax.value_and_grad
-def _pooled(queries, documents, positives):
-    return pooled_decoupled_softmax(queries, Pool(documents, documents.T), positives, 0.5).sum()
+def _pooled(queries, documents, positives, temperature):
+    return pooled_decoupled_softmax(queries, Pool(documents, documents.T), positives, temperature).sum()
 
 
 @jax.jit
@@ -72,7 +88,9 @@ def _pooled(queries, documents, positives):
 def _masked(queries, documents, mask):
     scores = queries @ documents.T / 0.5
     best = jnp.where(mask, scores, -jnp.inf).max(axis=1, keepdims=True)
-    return decoupled_softmax(jnp.where(mask | (scores < GUARD * best), scores, -1e9), mask).sum()
+    counts = jax.nn.sigmoid(STEEPNESS * (GUARD * jnp.where(mask.any(axis=1, keepdims=True), best, 0) - scores))
+    counts = jax.lax.stop_gradient(jnp.where(mask, 1, counts))
+    return decoupled_softmax(scores + jnp.log(counts), mask).sum()
 
 
 def test_a_single_positive_is_plain_cross_entropy():
