@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from moeret.errors import ArtifactError, BusyError
 
 T = TypeVar("T")
-FORMAT = "moeret-7"
+FORMAT = "moeret-8"
 MANIFEST = "manifest.json"
 _DIGESTED = re.compile(r"-([0-9a-f]{12})(\.[a-z0-9]+)?$")
 _TEMPORARY = ".unfinished"

@@ -27,6 +27,9 @@ of the best is taken."""
 UNFAMILIAR_QUERIES, UNFAMILIAR_DOCUMENTS = 0.02, 0.1
 """Share of dev, or of held-out documents, that may count as of no known domain. Retrieval corrects both: by what the indexes
 promise a query, and by searching other indexes for a document."""
+TAKEN, LOWERED = 0.01, 3.0
+"""Share of another expert's dev queries that the router may give to one that was added later, and how much at most is taken off
+its log-odds for that."""
 _STEPS, _L2 = 200, 1e-5
 _UNSEARCHED = -2.0  # below any cosine
 
@@ -112,10 +115,12 @@ def choose_query_router(
     train: Sequence[Float[np.ndarray, "_ 3*D"]],
     dev: Sequence[Float[np.ndarray, "_ 3*D"]],
     search: "DevSearch | None" = None,
+    added: Sequence[int] = (),
 ) -> tuple[Router, dict[str, Any]]:
     """The better of both routers on dev, and a report of how each did.
 
-    With `search` the nDCG@10 of routed search decides, and sets the router's rules; without it, accuracy does.
+    With `search` the nDCG@10 of routed search decides, and sets the router's rules; without it, accuracy does. `added` are the
+    experts (counted from 0) that came later: they yield to those before them.
     """
     report: dict[str, Any] = {"decided_by": "dev nDCG@10 of routed search" if search else "dev accuracy"}
     candidates: list[tuple[float, Router]] = []
@@ -131,7 +136,23 @@ def choose_query_router(
         candidates.append((score, router))
     best = max(candidates, key=lambda candidate: candidate[0])[1]
     report["chosen"] = best.kind
+    best = _yielding(best, [part(readings, best.reads) for readings in dev], added)
     return _with_familiarity(best, *([part(own, best.reads) for own in readings] for readings in (train, dev))), report
+
+
+def _yielding(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]], added: Sequence[int]) -> Router:
+    """The router with added experts scored lower, until each takes at most TAKEN of the dev queries of any before it.
+
+    Who adds a domain may count on it that the others keep their queries.
+    """
+    bias = router.bias.copy()
+    for number in added:
+        for lowered in np.arange(0, LOWERED + 0.5, 0.5, np.float32):
+            bias[number] = router.bias[number] - lowered
+            chosen = [replace(router, bias=bias).probabilities(own).argmax(axis=1) for own in dev[:number]]
+            if max((float((own == number).mean()) for own in chosen), default=0) <= TAKEN:
+                break
+    return replace(router, bias=bias)
 
 
 def _with_familiarity(

@@ -97,7 +97,7 @@ def train(
             draft.copy(f"base/{name}", path)
         requests = {name: {**to_json(config), f"domain {name}": source_digests(path)} for name, path in domains.items()}
         of_base = blends.of_one([own.vectors for own in data.dev]) if blends else Blend()
-        entries = _write_experts(draft, data, trained, of_base, requests)
+        entries = _write_experts(draft, data, trained, of_base, requests, added=False)
         meta = {
             "base": {
                 "name": base,
@@ -175,7 +175,10 @@ def add_expert(
         trained = learn(data, embedder, shared, blends, config, work, show_progress_bar=show_progress_bar)
         draft = Draft(model, KIND)
         of_base = Blend(**published.meta["base"]["blend"])
-        entries = [*published.meta["experts"], *_write_experts(draft, data, trained, of_base, {name: request})]
+        entries = [
+            *published.meta["experts"],
+            *_write_experts(draft, data, trained, of_base, {name: request}, added=True),
+        ]
         finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
         shutil.rmtree(work)
         return finished
@@ -211,7 +214,9 @@ def _publish_next(
         if name.startswith("base/") or name in kept:
             draft.keep(published, name)
     query_router, report = choose_query_router(
-        [profile.train_queries for profile in profiles], [profile.dev_queries for profile in profiles]
+        [profile.train_queries for profile in profiles],
+        [profile.dev_queries for profile in profiles],
+        added=[number for number, entry in enumerate(entries) if entry["added"]],
     )
     query_router = dataclasses.replace(query_router, minimum=before.minimum)
     router = _write_routers(draft, query_router, _document_router(profiles), report)
@@ -251,8 +256,15 @@ def _write_shared(draft: Draft, shared: LearnedShared, blend: Blend) -> dict[str
 
 
 def _write_experts(
-    draft: Draft, data: Prepared, trained: Learned, of_base: Blend, requests: dict[str, dict[str, Any]]
+    draft: Draft,
+    data: Prepared,
+    trained: Learned,
+    of_base: Blend,
+    requests: dict[str, dict[str, Any]],
+    *,
+    added: bool,
 ) -> list[dict[str, Any]]:
+    """The experts' files, and their entries; `added` to a model that had experts before."""
     entries = []
     for number, own in enumerate(data.domains):
         deltas = experts.flatten(experts.take(trained.bank, number))
@@ -276,6 +288,7 @@ def _write_experts(
                 "shared_strength": float(trained.strengths.shared[number]),
                 "calibration": trained.calibration[number + 1],
                 **_write_blend(draft, own.name, trained.blended and trained.blended[number], of_base),
+                "added": added,
                 "request": requests[own.name],
             }
         )

@@ -47,6 +47,18 @@ def test_the_report_names_the_better_router():
     assert report[report["chosen"]]["accuracy"] == report[best]["accuracy"] and router.kind == report["chosen"]
 
 
+def test_an_added_expert_yields_to_those_before_it():
+    train, dev = readings(1, spread=1.2), readings(2, spread=1.2)
+    free, _ = choose_query_router(train, dev)
+    yielding, _ = choose_query_router(train, dev, added=[1])
+    taken = [
+        (router.probabilities(part(dev[0], router.reads)).argmax(axis=1) == 1).mean() for router in (free, yielding)
+    ]
+    assert taken[0] > 0.02 and taken[1] < taken[0]
+    first, _ = choose_query_router(train, dev, added=[0])
+    np.testing.assert_array_equal(first.bias, free.bias, "there is none before the first")
+
+
 def test_documents_get_one_expert_each():
     router = choose_document_router(clouds(1), clouds(2))
     weights = router.choose(clouds(4)[0]).weights
