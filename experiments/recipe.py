@@ -177,7 +177,7 @@ def _with_label_free_pairs(data: Prepared, embedder: Embedder) -> list[TrainingS
     """The training sets, each with queries made of its documents behind the judged ones, as many where there are so many."""
     base, sets = embedder.base_encoder, []
     for domain, own in zip(data.domains, data.sets, strict=True):
-        pairs = sample(label_free_pairs(domain.corpus), len(own.queries))
+        pairs = sample(label_free_pairs(domain.corpus)[0], len(own.queries))
         place = {document.id: row for document, row in zip(domain.corpus, own.documents.tolist(), strict=True)}
         ids = base.tokenizer([base.prompts["query"] + text for text in pairs.queries.values()])
         positives = [np.array([place[id] for id in documents]) for documents in pairs.qrels.values()]

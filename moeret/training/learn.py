@@ -24,7 +24,7 @@ from moeret.training.blend import Blended, DevBlends
 from moeret.training.loop import fit
 from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared
-from moeret.training.strength import Strengths, choose_strength, choose_strengths
+from moeret.training.strength import OWN, Strengths, choose_strength, choose_strengths
 from moeret.training.towers import BothTowers, QueryTower, by_group, mean_over_domains
 from moeret.types import SHARED_EXPERT
 
@@ -106,6 +106,7 @@ def learn(
     config: TrainConfig,
     work: Path,
     *,
+    own_strengths: Sequence[float] = OWN,
     show_progress_bar: bool,
 ) -> Learned:
     """Trains the domains' experts, and merges them with the shared delta where there is one."""
@@ -122,7 +123,12 @@ def learn(
     fitted = fit(bank, batches, look, config, work, show_progress_bar=show_progress_bar)
     before = tower.base()
     strengths = choose_strengths(
-        fitted.bank, shared, lambda bank, merged: tower.values(bank, every, merged), before, tower.seen
+        fitted.bank,
+        shared,
+        lambda bank, merged: tower.values(bank, every, merged),
+        before,
+        tower.seen,
+        own_strengths,
     )
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
     merged = shared and experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))

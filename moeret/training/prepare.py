@@ -1,7 +1,7 @@
 """From BEIR folders to what training reads: texts checked, tokenised, embedded by the base, split."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +38,15 @@ class Prepared:
 def read_domains(domains: dict[str, Path], *, label_free: bool = False) -> list[Domain]:
     """Reads the train and, where there is one, the dev split of each folder; a missing dev is carved out of train.
 
-    With `label_free` only the corpora are read, and train is made from their documents.
+    With `label_free` only the corpora are read, and train is made from their documents, which lack what was made a query then.
     """
     judged, optional = ((), ()) if label_free else (("train",), ("dev",))
     read = [read_domain(name, path, judged, optional) for name, path in domains.items()]
     if label_free:
-        for domain in read:
-            domain.splits["train"] = label_free_pairs(domain.corpus)
+        made = [label_free_pairs(domain.corpus) for domain in read]
+        read = [
+            replace(own, corpus=rest, splits={"train": train}) for own, (train, rest) in zip(read, made, strict=True)
+        ]
     for domain in read:
         if "dev" not in domain.splits:
             try:

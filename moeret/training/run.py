@@ -26,6 +26,7 @@ from moeret.training.blend import Blended, DevBlends
 from moeret.training.learn import Learned, LearnedShared, learn, learn_shared
 from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
 from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
+from moeret.training.strength import LABEL_FREE, OWN
 from moeret.types import SHARED_EXPERT
 
 
@@ -168,11 +169,21 @@ def add_expert(
             [profile.documents for profile in profiles],
             show_progress_bar=show_progress_bar,
         )
-        shared = read_shared(published).delta if published.meta["shared"] else None
+        # Made-up queries share their words with documents as nobody's do, and other domains' queries are not like them: such a
+        # dev says nothing of a blend or of the shared delta.
+        shared = read_shared(published).delta if published.meta["shared"] and not label_free else None
         embedder = embedder.in_precision(config.precision)
-        # Queries made from documents share their words as nobody's do: of a blend, such a dev says nothing.
         blends = DevBlends(data) if config.tower == "query" and not label_free else None
-        trained = learn(data, embedder, shared, blends, config, work, show_progress_bar=show_progress_bar)
+        trained = learn(
+            data,
+            embedder,
+            shared,
+            blends,
+            config,
+            work,
+            own_strengths=LABEL_FREE if label_free else OWN,
+            show_progress_bar=show_progress_bar,
+        )
         draft = Draft(model, KIND)
         of_base = Blend(**published.meta["base"]["blend"])
         entries = [

@@ -15,6 +15,8 @@ from moeret.models.experts import Bank, Shared, scaled
 
 OWN = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Strengths tried for an expert's own delta."""
+LABEL_FREE = (0.25,)
+"""The same where dev's queries were made up: they ask for more than real ones are served by (experiments.label_free)."""
 SHARED = (0.0, 0.5, 0.75, 1.0)
 """Strengths tried for the shared delta that it is merged with. Without either an expert is the base."""
 
@@ -36,6 +38,7 @@ def choose_strengths(
     score: Callable[[Bank, Shared | None], Values],
     base: Values,
     seen: Sequence[Bool[np.ndarray, "Q"]],
+    own_strengths: Sequence[float] = OWN,
 ) -> Strengths:
     """The strengths with the best dev nDCG@10 of which neither seen nor unseen queries suffer against the base.
 
@@ -47,7 +50,7 @@ def choose_strengths(
     trained = any(np.any(factors["b"]) for matrices in bank.values() for factors in matrices.values())
     tried: dict[tuple[float, float], Values] = {}
     for common in SHARED[:1] if shared is None else SHARED:
-        for own in OWN if trained else OWN[:1]:
+        for own in own_strengths if trained else OWN[:1]:
             if own or common:  # neither: the base
                 merged = None if shared is None else Shared(shared, np.full(experts + 1, common, np.float32))
                 tried[own, common] = score(scaled(bank, np.full(experts, own)), merged)
