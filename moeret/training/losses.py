@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 GUARD, STEEPNESS = 0.95, 2.0
-"""A pool's document so near to a query, as a share of its best positive's score, counts half as a negative of it, and how fast
-nearer ones fade, by the log-odds of counting that a score loses for each unit above."""
+"""A pool's document counts half as a negative of a query where its score is such a share of the best positive's, and less the
+higher its score: so much less log-odds for each unit (a cosine divided by the temperature)."""
 _NEVER = -1e9
 """As good as a score of minus infinity, and has a gradient."""
 

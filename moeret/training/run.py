@@ -128,8 +128,8 @@ def add_expert(
     """Trains one more expert for a published model and refits its router; no other expert's file changes.
 
     The other domains take part through their profiles: their documents as negatives, their queries for the router. With
-    `label_free` only the folder's corpus is read, queries are made from its documents' titles and texts, and words count
-    as much as for the base.
+    `label_free` only the folder's corpus is read, queries are made from its documents' titles and texts, the expert's
+    strength is fixed, and words count as much as for the base.
     `config`'s tower and expert shape are the model's. Continues a run that was cut off, as `train` does.
 
     Raises:

@@ -188,6 +188,7 @@ def test_an_expert_can_be_added_from_a_corpus_alone(model_folder, domains, short
     assert (entry["name"], entry["documents"]) == ("river", 12) and 0 < entry["train_queries"] < 12
     assert entry["dev_ndcg"]["all"] >= entry["base_dev_ndcg"]["all"]
     assert entry["blend"] == added.meta["base"]["blend"] and entry["memory"] is None
+    assert entry["strength"] in (0, 0.25) and entry["shared_strength"] == 0, "made-up queries do not choose them"
     moeret.build_index(tmp_path / "m", tmp_path / "index", {"river": tmp_path / "river"})
     with pytest.raises(moeret.ConfigError, match="made from other data or settings"):
         moeret.add_expert(tmp_path / "m", "river", domains["river"], config=short)
@@ -200,7 +201,11 @@ def test_adding_and_removing_an_expert_leaves_the_others_alone(model_folder, dom
     vectors = {name: old.encode_query(texts, expert=name) for name in old.experts}
 
     added = moeret.add_expert(tmp_path / "m", "river", domains["river"], config=short)
-    assert [entry["name"] for entry in added.meta["experts"]] == ["fruit", "metal", "river"]
+    assert [(entry["name"], entry["added"]) for entry in added.meta["experts"]] == [
+        ("fruit", False),
+        ("metal", False),
+        ("river", True),
+    ]
     new = moeret.Model.load(tmp_path / "m")
     for name, own in vectors.items():
         np.testing.assert_array_equal(new.encode_query(texts, expert=name), own)
