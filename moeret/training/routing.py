@@ -5,7 +5,7 @@ routed search in the chosen experts' indexes, over all domains' documents. Where
 that would mean encoding them all again, so there dev accuracy decides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,12 +115,12 @@ def choose_query_router(
     train: Sequence[Float[np.ndarray, "_ 3*D"]],
     dev: Sequence[Float[np.ndarray, "_ 3*D"]],
     search: "DevSearch | None" = None,
-    added: Sequence[int] = (),
+    yields: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[Router, dict[str, Any]]:
     """The better of both routers on dev, and a report of how each did.
 
-    With `search` the nDCG@10 of routed search decides, and sets the router's rules; without it, accuracy does. `added` are the
-    experts (counted from 0) that came later: they yield to those before them.
+    With `search` the nDCG@10 of routed search decides, and sets the router's rules; without it, accuracy does. `yields` says
+    which experts (counted from 0) came later, and to whom they yield.
     """
     report: dict[str, Any] = {"decided_by": "dev nDCG@10 of routed search" if search else "dev accuracy"}
     candidates: list[tuple[float, Router]] = []
@@ -136,20 +136,17 @@ def choose_query_router(
         candidates.append((score, router))
     best = max(candidates, key=lambda candidate: candidate[0])[1]
     report["chosen"] = best.kind
-    best = _yielding(best, [part(readings, best.reads) for readings in dev], added)
+    best = _yielding(best, [part(readings, best.reads) for readings in dev], yields or {})
     return _with_familiarity(best, *([part(own, best.reads) for own in readings] for readings in (train, dev))), report
 
 
-def _yielding(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]], added: Sequence[int]) -> Router:
-    """The router with added experts scored lower, until each takes at most TAKEN of the dev queries of any before it.
-
-    Who adds a domain may count on it that the others keep their queries.
-    """
+def _yielding(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]], yields: Mapping[int, Sequence[int]]) -> Router:
+    """The router with experts scored lower, until each takes at most TAKEN of the dev queries of any that it yields to."""
     bias = router.bias.copy()
-    for number in added:
+    for number, others in yields.items():
         for lowered in np.arange(0, LOWERED + 0.5, 0.5, np.float32):
             bias[number] = router.bias[number] - lowered
-            chosen = [replace(router, bias=bias).probabilities(own).argmax(axis=1) for own in dev[:number]]
+            chosen = [replace(router, bias=bias).probabilities(dev[other]).argmax(axis=1) for other in others]
             if max((float((own == number).mean()) for own in chosen), default=0) <= TAKEN:
                 break
     return replace(router, bias=bias)

@@ -227,11 +227,22 @@ def _publish_next(
     query_router, report = choose_query_router(
         [profile.train_queries for profile in profiles],
         [profile.dev_queries for profile in profiles],
-        added=[number for number, entry in enumerate(entries) if entry["added"]],
+        yields=_yields(entries),
     )
     query_router = dataclasses.replace(query_router, minimum=before.minimum)
     router = _write_routers(draft, query_router, _document_router(profiles), report)
     return draft.publish({**published.meta, "experts": entries, "router": router})
+
+
+def _yields(entries: Sequence[dict[str, Any]]) -> dict[int, list[int]]:
+    """For each expert that was added those before it that have judged queries, and keep them.
+
+    Made-up queries are nobody's.
+    """
+    judged = [
+        number for number, own in enumerate(entries) if "queries.jsonl" in own["request"][f"domain {own['name']}"]
+    ]
+    return {number: [other for other in judged if other < number] for number, own in enumerate(entries) if own["added"]}
 
 
 def _open_work(work: Path, request: dict[str, Any]) -> Path:

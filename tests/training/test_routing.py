@@ -50,13 +50,13 @@ def test_the_report_names_the_better_router():
 def test_an_added_expert_yields_to_those_before_it():
     train, dev = readings(1, spread=1.2), readings(2, spread=1.2)
     free, _ = choose_query_router(train, dev)
-    yielding, _ = choose_query_router(train, dev, added=[1])
+    yielding, _ = choose_query_router(train, dev, yields={1: [0]})
     taken = [
         (router.probabilities(part(dev[0], router.reads)).argmax(axis=1) == 1).mean() for router in (free, yielding)
     ]
     assert taken[0] > 0.02 and taken[1] < taken[0]
-    first, _ = choose_query_router(train, dev, added=[0])
-    np.testing.assert_array_equal(first.bias, free.bias, "there is none before the first")
+    alone, _ = choose_query_router(train, dev, yields={1: []})
+    np.testing.assert_array_equal(alone.bias, free.bias)
 
 
 def test_documents_get_one_expert_each():

@@ -17,6 +17,7 @@ import pytest
 import moeret
 from moeret import artifact
 from moeret.training import checkpoint, loop
+from moeret.training.run import _yields
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,14 @@ def test_an_expert_can_be_added_from_a_corpus_alone(model_folder, domains, short
     moeret.build_index(tmp_path / "m", tmp_path / "index", {"river": tmp_path / "river"})
     with pytest.raises(moeret.ConfigError, match="made from other data or settings"):
         moeret.add_expert(tmp_path / "m", "river", domains["river"], config=short)
+
+
+def test_added_experts_yield_to_judged_queries_before_them():
+    def entry(name, added, files=("corpus.jsonl", "queries.jsonl")):
+        return {"name": name, "added": added, "request": {f"domain {name}": dict.fromkeys(files, "")}}
+
+    entries = [entry("a", False), entry("b", True, ["corpus.jsonl"]), entry("c", True), entry("d", True)]
+    assert _yields(entries) == {1: [0], 2: [0], 3: [0, 2]}
 
 
 def test_adding_and_removing_an_expert_leaves_the_others_alone(model_folder, domains, short, tmp_path):
