@@ -38,6 +38,10 @@ from moeret.training.strength import LABEL_FREE
 from moeret.training.towers import QueryTower, by_group
 from scripts.benchmarks import fast_precision, markdown_table, write_section
 
+STRENGTHS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+COMPARED = ("scifact", "nfcorpus", "obliqa")
+"""Domains with judged dev queries, whose experts learn from their corpora alone here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
@@ -51,11 +55,6 @@ class Arguments:
     """Where the new model and the index go."""
     steps: int = 120
     """Training steps at most of the experts whose strengths are compared."""
-
-
-STRENGTHS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-COMPARED = ("scifact", "nfcorpus", "obliqa")
-"""Domains with judged dev queries, whose experts learn from their corpora alone here."""
 
 
 def main() -> None:
@@ -122,17 +121,18 @@ def main() -> None:
 def _strengths_table(arguments: Arguments, source: Path) -> str:
     rows = []
     for name in COMPARED:
-        file = arguments.out / f"{name}.json"
+        work = arguments.out / f"{name}-{arguments.steps}-steps"
+        file = work / "result.json"
         if not file.is_file():
-            file.write_text(json.dumps(_by_strength(name, arguments, source)))
+            file.write_text(json.dumps(_by_strength(name, arguments, source, work)))
         for label, values in json.loads(file.read_text()).items():
             rows.append([name, label, *(f"{100 * value:.1f}" for value in values)])
     return markdown_table(["domain", "queries", *(f"{strength:g}" for strength in STRENGTHS)], rows)
 
 
-def _by_strength(name: str, arguments: Arguments, source: Path) -> dict[str, list[float]]:
+def _by_strength(name: str, arguments: Arguments, source: Path, work: Path) -> dict[str, list[float]]:
     """Dev nDCG@10 of real and of made-up queries by the strength of an expert that learnt from the domain's corpus alone."""
-    model, path, work = moeret.Model.load(source), arguments.data / name, arguments.out / name
+    model, path = moeret.Model.load(source), arguments.data / name
     work.mkdir(parents=True, exist_ok=True)
     config = TrainConfig(precision=fast_precision(), steps=arguments.steps)
     others = [

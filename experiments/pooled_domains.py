@@ -126,10 +126,11 @@ def main() -> None:
 
 def share_vectors(first: Path, place: Path) -> None:
     """Lets a seed read and keep its base vectors, which are the same for all, where the first one keeps them."""
-    vectors = place / "model" / WORK / VECTORS
+    kept, vectors = (seed / "model" / WORK / VECTORS for seed in (first, place))
+    kept.mkdir(parents=True, exist_ok=True)
     if not vectors.exists():
         vectors.parent.mkdir(parents=True, exist_ok=True)
-        vectors.symlink_to((first / "model" / WORK / VECTORS).resolve())
+        vectors.symlink_to(kept.resolve())
 
 
 def run_seed(

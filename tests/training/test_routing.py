@@ -5,7 +5,15 @@ import pytest
 
 from moeret.models.router import centroid_router, part
 from moeret.training.calibration import fit_logistic
-from moeret.training.routing import calibrate, choose_document_router, choose_query_router, fit_learned, quality
+from moeret.training.routing import (
+    LOWERED,
+    TAKEN,
+    calibrate,
+    choose_document_router,
+    choose_query_router,
+    fit_learned,
+    quality,
+)
 
 
 def clouds(seed: int, counts=(40, 400), spread=0.6) -> list[np.ndarray]:
@@ -55,6 +63,8 @@ def test_an_added_expert_yields_to_those_before_it():
         (router.probabilities(part(dev[0], router.reads)).argmax(axis=1) == 1).mean() for router in (free, yielding)
     ]
     assert taken[0] > 0.02 and taken[1] < taken[0]
+    assert taken[1] <= TAKEN or yielding.bias[1] == free.bias[1] - np.float32(LOWERED)
+    assert yielding.bias[0] == free.bias[0] and (yielding.weights == free.weights).all()
     alone, _ = choose_query_router(train, dev, yields={1: []})
     np.testing.assert_array_equal(alone.bias, free.bias)
 
