@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import tyro
 
@@ -29,13 +28,11 @@ from moeret.metrics import NDCG
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.model import VECTORS, read_profile
-from moeret.training.batches import Batches
-from moeret.training.loop import fit
-from moeret.training.mesh import data_mesh
+from moeret.training.learn import fit_experts
 from moeret.training.prepare import prepare, read_domains
 from moeret.training.routing import ndcg_of
 from moeret.training.strength import LABEL_FREE
-from moeret.training.towers import QueryTower, by_group
+from moeret.training.towers import QueryTower
 from scripts.benchmarks import fast_precision, markdown_table, write_section
 
 STRENGTHS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
@@ -144,17 +141,8 @@ def _by_strength(name: str, arguments: Arguments, source: Path, work: Path) -> d
     made = prepare(
         read_domains({name: path}, label_free=True), base, config, work / VECTORS, others, show_progress_bar=True
     )
-    bank, tower = (
-        experts.init_bank(model.base.config, config.expert, [jax.random.key(config.seed)]),
-        QueryTower(made, base),
-    )
-    layers = experts.trunk_layers(bank, model.base.config)
-    batches = Batches(model.base.config, layers, model.base.params, made.pool, None, made.sets, config, data_mesh())
-
-    def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
-        return by_group(tower.values(bank, active), tower.seen)
-
-    bank = fit(bank, batches, look, config, work, show_progress_bar=True).bank
+    tower = QueryTower(made, base)
+    bank = fit_experts(made, base, tower, config, work, show_progress_bar=True).bank
     real = prepare(read_domains({name: path}), base, config, work / VECTORS, show_progress_bar=True)
     own, documents = real.dev[0], [document.contents for document in real.domains[0].corpus]
     lexical, words = Lexical.of(documents), stems([*own.judged.queries.values()])

@@ -1,4 +1,4 @@
-"""What an expert learns best with: where it starts, negatives, label-free pairs, ranks, layers, rates, feed-forward experts.
+"""What an expert learns best with: where it starts, negatives, label-free pairs, merging, dropout, ranks, layers, rates.
 
 Command:  python -m experiments.recipe --data DATA [--pooled runs/pooled_domains] [--out runs/recipe]
           DATA and --pooled as experiments.pooled_domains leaves them; the first seed's shared delta is used.
@@ -9,19 +9,20 @@ Expected: the line `as it is` or one within the noise of it has the best dev nDC
 
 import dataclasses
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
 import moeret
 from experiments.losses import (
     HARDEST,
-    Loss,
     corrected_for_frequency,
     guarded_at_once,
     hardest,
@@ -36,13 +37,17 @@ from moeret.data.pairs import label_free_pairs
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.model import VECTORS, WORK, read_shared
+from moeret.training import step
 from moeret.training.batches import TrainingSet
-from moeret.training.learn import learn
+from moeret.training.learn import fit_experts
 from moeret.training.prepare import Prepared, prepare, read_domains
+from moeret.training.strength import choose_strengths
+from moeret.training.towers import QueryTower, by_group
 from scripts.benchmarks import fast_precision, markdown_table, write_section
 
 DOMAINS = ("obliqa", "esco-jobs", "nl2bash", "conala")
 """Few queries and many, seen documents and unseen ones."""
+SEEDS = 3
 Start = Literal["base", "base, alone", "shared"]
 """Experts start from the base and are merged with the shared delta, or not; or they start on top of the shared delta."""
 
@@ -55,8 +60,34 @@ class Trial:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     expert: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: Start = "base"
-    loss: Callable[[Prepared], Loss] | None = None
+    during: Callable[[Prepared], AbstractContextManager[None]] = lambda data: nullcontext()
     label_free: bool = False
+    merge: Literal["alike", "by distance"] | None = None
+    """Experts of SEEDS trainings as it is, merged: all weigh the same, or each matrix by how far it moved."""
+
+
+@contextmanager
+def dropout(rate: float) -> Iterator[None]:
+    """Training drops inputs of the deltas (LoRA's dropout, but with one choice for all rows of a batch)."""
+    usual = step._embed
+
+    def embed(encoder, layers: int, params, expert: experts.Bank, texts: step.TextBatch) -> jax.Array:
+        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(0), texts.ids.sum()), 64))
+
+        def dropped(factors: experts.Factors) -> experts.Factors:
+            kept = jax.random.bernoulli(next(keys), 1 - rate, (len(factors["a"]), 1))
+            return {"a": jnp.where(kept, factors["a"] / (1 - rate), 0.0), "b": factors["b"]}
+
+        own = {layer: {name: dropped(own) for name, own in matrices.items()} for layer, matrices in expert.items()}
+        return usual(encoder, layers, params, own, texts)
+
+    step._embed = embed
+    step.add_batch.clear_cache()
+    try:
+        yield
+    finally:
+        step._embed = usual
+        step.add_batch.clear_cache()
 
 
 TRIALS = (
@@ -73,15 +104,25 @@ TRIALS = (
         config={"learning_rate": 5e-4},
         start="base, alone",
     ),
-    Trial(name="negatives out of the batch", loss=lambda data: in_batch),
-    Trial(name=f"the {HARDEST} hardest negatives", loss=lambda data: hardest),
-    Trial(name="no guard against unjudged positives", loss=lambda data: unguarded),
-    Trial(name="the guard leaves out, nothing fades", loss=lambda data: guarded_at_once),
+    Trial(
+        name="the same, merged with the shared delta",
+        expert={"rank": 384, "matrices": ("mlp_in", "mlp_out")},
+        config={"learning_rate": 5e-4},
+    ),
+    Trial(name="no guard against unjudged positives", during=lambda data: training_with(unguarded)),
+    Trial(name=f"experts of {SEEDS} seeds averaged", merge="alike"),
+    Trial(name=f"experts of {SEEDS} seeds merged by how far each matrix moved", merge="by distance"),
+    Trial(name="a tenth of the deltas' inputs dropped", during=lambda data: dropout(0.1)),
+    Trial(name="as many label-free pairs added, their documents left whole", label_free=True),
+    Trial(name="negatives out of the batch", during=lambda data: training_with(in_batch)),
+    Trial(name=f"the {HARDEST} hardest negatives", during=lambda data: training_with(hardest)),
+    Trial(name="the guard leaves out, nothing fades", during=lambda data: training_with(guarded_at_once)),
     Trial(
         name="corrected for how often a document is a positive",
-        loss=lambda data: corrected_for_frequency([own.positives for own in data.sets], len(data.pool)),
+        during=lambda data: training_with(
+            corrected_for_frequency([own.positives for own in data.sets], len(data.pool))
+        ),
     ),
-    Trial(name="as many label-free pairs added", label_free=True),
     Trial(name="all six layers, no shared delta", expert={"layers": 6}, start="base, alone"),
     Trial(name="rank 64", expert={"rank": 64}),
     Trial(name="learning rate 1e-3", config={"learning_rate": 1e-3}),
@@ -128,11 +169,9 @@ def _run(
     trial: Trial, data: Prepared, embedder: Embedder, shared: experts.Bank, config: TrainConfig, out: Path
 ) -> dict[str, Any]:
     """Dev nDCG@10 of each domain by group, chosen steps and strengths."""
-    place = out / trial.name.replace(" ", "-")
-    file = place / "result.json"
+    file = out / f"{_slug(trial)}.json"
     if file.is_file():
         return json.loads(file.read_text())
-    place.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, **trial.config, expert=dataclasses.replace(config.expert, **trial.expert))
     four = _only(data)
     if trial.label_free:
@@ -141,18 +180,50 @@ def _run(
     if trial.start == "shared":
         base = dataclasses.replace(base, params=experts.fold(base.params, shared))
     own = Embedder(base, experts.base_alone(base.config, config.expert)).in_precision(config.precision)
-    merged = shared if trial.start == "base" else None
-    with training_with(trial.loss(four)) if trial.loss else nullcontext():
-        learned = learn(four, own, merged, None, config, place, show_progress_bar=True)
+    tower, fitted = QueryTower(four, own), []
+    for seed in range(SEEDS if trial.merge else 1):
+        work = out / _slug(TRIALS[0] if trial.merge else trial) / f"seed-{seed}"
+        work.mkdir(parents=True, exist_ok=True)
+        with trial.during(four):
+            fitted.append(
+                fit_experts(four, own, tower, dataclasses.replace(config, seed=seed), work, show_progress_bar=True)
+            )
+    bank = _merged([run.bank for run in fitted], trial.merge == "by distance")
+    common, every = shared if trial.start == "base" else None, np.ones(len(DOMAINS), bool)
+    strengths = choose_strengths(
+        bank, common, lambda bank, merged: tower.values(bank, every, merged), tower.base(), tower.seen
+    )
     result = {
-        "base": learned.base_dev.tolist(),
-        "dev": learned.dev.tolist(),
-        "steps": learned.steps.tolist(),
-        "own": learned.strengths.own.tolist(),
-        "shared": learned.strengths.shared.tolist(),
+        "base": by_group(tower.base(), tower.seen).tolist(),
+        "dev": by_group(strengths.values, tower.seen).tolist(),
+        "steps": fitted[0].steps.tolist(),
+        "own": strengths.own.tolist(),
+        "shared": strengths.shared.tolist(),
     }
     file.write_text(json.dumps(result))
     return result
+
+
+def _slug(trial: Trial) -> str:
+    return trial.name.replace(" ", "-")
+
+
+def _merged(banks: Sequence[experts.Bank], by_distance: bool) -> experts.Bank:
+    """Experts of several trainings as experts of as many times their rank.
+
+    Uniform model soups (arXiv 2203.05482), or each matrix's delta weighs by its norm, after CoDiEmb (arXiv 2508.11442).
+    """
+
+    def merge(layer: str, matrix: str) -> experts.Factors:
+        own = [bank[layer][matrix] for bank in banks]
+        shares = np.full((len(own), len(DOMAINS)), 1 / len(own), np.float32)
+        if by_distance:
+            norms = np.stack([np.linalg.norm(factors["a"] @ factors["b"], axis=(1, 2)) for factors in own])
+            shares = norms / np.maximum(norms.sum(axis=0), 1e-12)
+        weighed = [factors["b"] * share[:, None, None] for factors, share in zip(own, shares, strict=True)]
+        return {"a": np.concatenate([factors["a"] for factors in own], axis=2), "b": np.concatenate(weighed, axis=1)}
+
+    return {layer: {matrix: merge(layer, matrix) for matrix in matrices} for layer, matrices in banks[0].items()}
 
 
 def _only(data: Prepared) -> Prepared:

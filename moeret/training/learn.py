@@ -21,7 +21,7 @@ from moeret.models.embed import Embedder
 from moeret.progress import progress_bar
 from moeret.training.batches import Batches
 from moeret.training.blend import Blended, DevBlends
-from moeret.training.loop import fit
+from moeret.training.loop import Fitted, fit
 from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared
 from moeret.training.strength import OWN, Strengths, choose_strength, choose_strengths
@@ -80,6 +80,28 @@ def shared_limit(config: TrainConfig, train_queries: Sequence[int]) -> int:
     return min(config.shared_steps * len(train_queries), passes)
 
 
+def fit_experts(
+    data: Prepared,
+    embedder: Embedder,
+    tower: QueryTower | BothTowers,
+    config: TrainConfig,
+    work: Path,
+    *,
+    show_progress_bar: bool,
+) -> Fitted:
+    """Trains the domains' experts, all from the base, each to its best step on dev."""
+    base = embedder.base_encoder
+    # A key made from the name, so that an expert starts alike whoever trains beside it.
+    bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
+    layers = experts.trunk_layers(bank, base.config)
+    batches = Batches(base.config, layers, base.params, data.pool, tower.document_ids, data.sets, config, data_mesh())
+
+    def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
+        return by_group(tower.values(bank, active), tower.seen)
+
+    return fit(bank, batches, look, config, work, show_progress_bar=show_progress_bar)
+
+
 class Learned(NamedTuple):
     """Experts at their best steps and strengths.
 
@@ -109,18 +131,10 @@ def learn(
     own_strengths: Sequence[float] = OWN,
     show_progress_bar: bool,
 ) -> Learned:
-    """Trains the domains' experts, and merges them with the shared delta where there is one."""
-    base, every = embedder.base_encoder, np.ones(len(data.sets), bool)
-    # A key made from the name, so that an expert starts alike whoever trains beside it.
-    bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
+    """Trains the domains' experts, merges them with the shared delta where there is one, and chooses how much of each to use."""
     tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
-    layers = experts.trunk_layers(bank, base.config)
-    batches = Batches(base.config, layers, base.params, data.pool, tower.document_ids, data.sets, config, data_mesh())
-
-    def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
-        return by_group(tower.values(bank, active), tower.seen)
-
-    fitted = fit(bank, batches, look, config, work, show_progress_bar=show_progress_bar)
+    fitted = fit_experts(data, embedder, tower, config, work, show_progress_bar=show_progress_bar)
+    every = np.ones(len(data.sets), bool)
     before = tower.base()
     strengths = choose_strengths(
         fitted.bank,

@@ -1,0 +1,91 @@
+"""Query tower against both towers: whether experts should encode their documents too.
+
+Command:  python -m experiments.towers --data DATA [--out runs/towers]
+          DATA as experiments.pooled_domains leaves it, or any BEIR folders of these names.
+Time:     about half an hour on 2 cores, on the excerpts that experiments.pooled_domains makes with --small; what is finished is
+          not repeated.
+Expected: the query tower, the default, is not behind by cosine alone, and ahead with words and memory, which only it has.
+          Writes its section into BENCHMARKS.md.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import moeret
+from experiments.recipe import DOMAINS
+from moeret.config import Tower, TrainConfig
+from moeret.metrics import NDCG
+from moeret.training.prepare import read_domains
+from scripts.benchmarks import fast_precision, markdown_table, write_section
+
+TOWERS: dict[str, Tower] = {"query tower": "query", "both towers": "both"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """Trains both kinds of experts on the same queries."""
+
+    data: Path
+    """Folder of the BEIR folders."""
+    out: Path = Path("runs/towers")
+    """Where models, indexes and results go."""
+
+
+def main() -> None:
+    """Runs the experiment and writes its section."""
+    arguments = tyro.cli(Arguments)
+    domains = {name: arguments.data / name for name in DOMAINS}
+    documents = sum(len(domain.corpus) for domain in read_domains(domains))
+    found = {label: _scores(tower, domains, arguments.out / tower) for label, tower in TOWERS.items()}
+    rows = [["base, one HNSW", *_row(found["query tower"]["base_one_index"]), "", ""]]
+    for label, own in found.items():
+        seconds = [f"{own['seconds'][what]:.0f}" for what in ("train", "index")]
+        for name, route in (("routed", "auto"), ("known-domain oracle", "oracle")):
+            rows.append([f"{label}, {name}", *_row(own[route]), *(seconds if route == "auto" else ["", ""])])
+        if label == "query tower":
+            rows.append([f"{label}, routed, cosine alone", *_row(own["cosine"]), "", ""])
+    columns = ["system", "mean", *DOMAINS, "seconds to train", "seconds to index"]
+    body = (
+        f"nDCG@10 x 100 on test, {documents:,} documents of {len(domains)} domains in one index, by `moeret train` and "
+        "`moeret index` with their defaults but for the tower. With both towers each expert encodes its documents, scores of "
+        "experts are fused by their calibrated chances, and there is no shared delta, no words and no memory:\n\n"
+        + markdown_table(columns, rows)
+    )
+    print(body)
+    write_section("towers", "Query tower against both towers", body)
+
+
+def _scores(tower: Tower, domains: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Test nDCG@10 of each system by domain, and the seconds that training and indexing took."""
+    file = out / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    config = TrainConfig(tower=tower, precision=fast_precision())
+    moeret.train(domains, out / "model", config=config, show_progress_bar=True)
+    trained = time.monotonic()
+    moeret.build_index(out / "model", out / "index", domains, show_progress_bar=True)
+    seconds = {"train": trained - started, "index": time.monotonic() - trained}
+    retriever = moeret.Retriever.load(out / "index")
+    report = moeret.evaluate(retriever, domains, baselines=True, show_progress_bar=True)
+    result = {name: own["domains"] for name, own in report["systems"].items()} | {"seconds": seconds}
+    retriever.blends = {}
+    result["cosine"] = moeret.evaluate(retriever, domains)["domains"]
+    retriever.close()
+    file.write_text(json.dumps(result))
+    return result
+
+
+def _row(domains: dict[str, dict[str, float]]) -> list[str]:
+    values = [domains[name][NDCG] for name in DOMAINS]
+    return [f"{100 * value:.1f}" for value in (sum(values) / len(values), *values)]
+
+
+if __name__ == "__main__":
+    main()
