@@ -10,8 +10,8 @@ import numpy as np
 from moeret.config import IndexConfig
 from moeret.data.beir import Domain
 from moeret.data.lexical import Lexical, stems
-from moeret.evaluation.baselines import System
-from moeret.evaluation.testsets import TestSet, score
+from moeret.evaluation.baselines import System, distinct_documents
+from moeret.evaluation.testsets import Ranked, TestSet, score
 from moeret.metrics import NDCG
 from moeret.models.memory import Blend
 from moeret.retrieval.expert_index import ExpertIndex, build_memory
@@ -27,25 +27,28 @@ def blended_system(
     encode: Callable[[Sequence[str]], np.ndarray],
 ) -> tuple[System, Blend]:
     """The rival that embeds queries by `encode`, and the blend with the best mean dev nDCG@10 over domains, which it uses."""
-    documents, exact = [document for _, document in retriever.held()], IndexConfig(exact_below=10**9)
+    (documents, held), exact = distinct_documents(retriever), IndexConfig(exact_below=10**9)
     index = ExpertIndex(
         0,
-        build_segment(retriever.vectors(), np.arange(len(documents)), exact),
+        build_segment(retriever.vectors()[held], np.arange(len(documents)), exact),
         Lexical.of([document.contents for document in documents]),
         build_memory(remember(domains, encode), documents, 0, exact),
     )
 
+    def ranked(vectors: np.ndarray, words: Sequence[list[str]], blend: Blend, k: int) -> list[Ranked]:
+        found = index.search(vectors, words, [blend] * len(words), k)
+        return [(held[places], scores) for places, scores in found]
+
     def system(blend: Blend) -> System:
-        return lambda texts, k: index.search(encode(texts), stems(texts), [blend] * len(texts), k)
+        return lambda texts, k: ranked(encode(texts), stems(texts), blend, k)
 
     asked = [(encode(texts), stems(texts)) for texts in ([*test.judged.queries.values()] for test in dev)]
 
     def mean(blend: Blend) -> float:
-        ranked = {
-            test.name: index.search(vectors, words, [blend] * len(words), 11)
-            for test, (vectors, words) in zip(dev, asked, strict=True)
+        found = {
+            test.name: ranked(vectors, words, blend, 11) for test, (vectors, words) in zip(dev, asked, strict=True)
         }
-        return score(dev, ranked).mean()[NDCG]
+        return score(dev, found).mean()[NDCG]
 
     best = max((Blend(lexical, memory) for lexical in LEXICAL for memory in MEMORY), key=mean)
     return system(best), best

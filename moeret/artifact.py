@@ -95,6 +95,7 @@ def read(root: Path, kind: str) -> Artifact:
     if found != (FORMAT, kind):
         raise ArtifactError(
             f"{root} is {_a(str(found[1]))} in format {found[0]}; expected {_a(kind)} in format {FORMAT}"
+            + ("; another version of moeret made it, make it anew" if found[1] == kind else "")
         )
     if artifact.fingerprint != _fingerprint_of(kind, artifact.meta, files):
         raise ArtifactError(
@@ -159,6 +160,7 @@ class Draft:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + _TEMPORARY)
+        temporary.unlink(missing_ok=True)  # a killed writer's
         try:
             write(temporary)
             entry = FileEntry(temporary.stat().st_size, sha256_of(temporary))

@@ -102,10 +102,12 @@ class ExpertsAdd:
     """Print the model's experts as JSON."""
 
     def run(self) -> None:
+        from moeret.training.prepare import read_domains
         from moeret.training.run import add_expert
 
         domains = parse_domains([item for group in self.domain for item in group])
         require(bool(domains), "there is no domain to add; give at least one --domain NAME=BEIR_DIR")
+        read_domains(domains, label_free=self.label_free)  # all are fit before the first is trained
         for name, path in domains.items():
             options = {"label_free": self.label_free, "show_progress_bar": not self.json}
             published = add_expert(self.model, name, path, config=self.config, **options)
@@ -326,6 +328,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         _OUT.print(f"moeret {version('moeret')}")
         return
+    command = None
     try:
         command = tyro.cli(
             Command,
@@ -340,12 +343,12 @@ def main() -> None:
     except MoeretError as error:
         _fail(str(error))
     except SafetensorError as error:  # the safetensors library's own word for a disk that is full
-        _fail(f"{error}; nothing published was changed")
+        _fail(f"{error}; what was published is whole")
     except OSError as error:
         place = error.filename2 or error.filename
-        _fail(f"{error.strerror or error}{f': {place}' if place else ''}; nothing published was changed")
+        _fail(f"{error.strerror or error}{f': {place}' if place else ''}; what was published is whole")
     except KeyboardInterrupt:
-        resumable = isinstance(command, Quickstart | Train | Index | Experts)
+        resumable = isinstance(getattr(command, "command", command), Quickstart | Train | Index | ExpertsAdd)
         _complain("interrupted" + ("; the same command goes on from where it was saved last" if resumable else ""))
         sys.exit(130)
 

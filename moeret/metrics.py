@@ -1,5 +1,6 @@
 """Retrieval measures and TREC runs: the only importer of `ir_measures`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -33,7 +34,7 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 def write_run(path: Path, run: Run, tag: str = "moeret") -> None:
-    """Writes a TREC run: ranks from 1, scores strictly falling in rank order, ids percent-encoded where they have spaces."""
+    """Writes a TREC run: ranks from 1, scores strictly falling in rank order, ids percent-encoded where they have spaces or `%`."""
     with path.open("w", encoding="utf-8") as file:
         for query, hits in run.items():
             for rank, (document, score) in enumerate(falling(hits).items(), start=1):
@@ -75,4 +76,4 @@ def read_run(path: Path) -> dict[str, dict[str, float]]:
 
 
 def _encode(id: str) -> str:
-    return quote(id, safe="".join(chr(c) for c in range(33, 127) if chr(c) != "%"))
+    return re.sub(r"[\s%]", lambda found: quote(found[0], safe=""), id)

@@ -411,8 +411,12 @@ def test_wrong_usage_exits_with_2_and_names_the_argument(command, wanted):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device: /x; nothing published"),
-        (SafetensorError("No space left on device"), 1, "error: No space left on device; nothing published"),
+        (
+            OSError(28, "No space left on device", "/x"),
+            1,
+            "error: No space left on device: /x; what was published is whole",
+        ),
+        (SafetensorError("No space left on device"), 1, "error: No space left on device; what was published is whole"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (moeret.ConfigError("no"), 1, "error: no"),
     ],

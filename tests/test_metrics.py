@@ -157,6 +157,16 @@ def test_a_run_is_judged_alike_from_memory_and_from_a_file(file):
     assert per_query(qrels, read_run(file)) == per_query(qrels, run)
 
 
+def test_only_what_a_run_cannot_hold_is_encoded(file):
+    """Other tools match ids to qrels letter by letter."""
+    write_run(file, {"é-1": {"d/ü:7": 1.0, "two words": 0.5, "100%": 0.25}})
+    assert [line.split()[:3:2] for line in file.read_text().splitlines()] == [
+        ["é-1", "d/ü:7"],
+        ["é-1", "two%20words"],
+        ["é-1", "100%25"],
+    ]
+
+
 def test_somebody_elses_run_is_read_best_first_whatever_its_order(file):
     file.write_text("q Q0 b 2 0.5 x\n\nq\tQ0\ta\t1\t0.75\tx\nq Q0 c 3 -1e-3 x\n")
     assert [*read_run(file)["q"].items()] == [("a", 0.75), ("b", 0.5), ("c", -1e-3)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from moeret.config import IndexConfig
 from moeret.data.lexical import Lexical, best, stems
@@ -16,12 +16,18 @@ System = Callable[[Sequence[str], int], list[tuple[np.ndarray, np.ndarray]]]
 """(query texts, k) -> each query's (rows, scores), best first."""
 
 
-def bm25_system(retriever: Retriever) -> System:
-    """BM25 over titles and texts of every document, one that lies in two indexes counted once."""
+def distinct_documents(retriever: Retriever) -> tuple[list[Document], Int[np.ndarray, "N"]]:
+    """The pool's documents, one that lies in two indexes counted once, and the first row of each."""
     first: dict[Document, int] = {}
     for row, (_, document) in enumerate(retriever.held()):
         first.setdefault(document, row)
-    lexical, held = Lexical.of([document.contents for document in first]), np.array([*first.values()])
+    return [*first], np.array([*first.values()])
+
+
+def bm25_system(retriever: Retriever) -> System:
+    """BM25 over titles and texts of every document."""
+    documents, held = distinct_documents(retriever)
+    lexical = Lexical.of([document.contents for document in documents])
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         found = []
@@ -38,13 +44,14 @@ def bm25_system(retriever: Retriever) -> System:
 def base_system(retriever: Retriever) -> System:
     """The base with all documents of all domains in one HNSW, as one would do without experts."""
     model = retriever.model
+    documents, held = distinct_documents(retriever)
     if model.tower == "query":
-        vectors = retriever.vectors()
+        vectors = retriever.vectors()[held]
     else:
-        texts = [document.contents for _, document in retriever.held()]
+        texts = [document.contents for document in documents]
         vectors = model.embedder.base(model.with_prompt(texts, "document"))
     config = IndexConfig(**retriever.index.meta["config"])
-    segment = build_segment(vectors, np.arange(len(vectors)), config)
+    segment = build_segment(vectors, held, config)
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         return segment.search(model.embedder.base(model.with_prompt(texts, "query")), k)
@@ -54,10 +61,12 @@ def base_system(retriever: Retriever) -> System:
 
 def exact_system(retriever: Retriever, encode: Callable[[Sequence[str]], Float[np.ndarray, "Q D"]]) -> System:
     """One vector for each query, compared with every document of the pool."""
-    vectors = retriever.vectors()
+    held = distinct_documents(retriever)[1]
+    vectors = retriever.vectors()[held]
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        return list(zip(*exact_search(encode(texts), vectors, min(k, len(vectors))), strict=True))
+        places, scores = exact_search(encode(texts), vectors, min(k, len(vectors)))
+        return list(zip(held[places], scores, strict=True))
 
     return search
 

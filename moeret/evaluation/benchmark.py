@@ -1,6 +1,6 @@
 """The pooled benchmark: one index holds all domains, queries say nothing of theirs, and every domain is reported."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ _QUERIES_AT_ONCE = 512
 
 def evaluate(
     retriever: Retriever,
-    domains: dict[str, Path],
+    domains: Mapping[str, str | Path],
     *,
     split: str = "test",
     route: RouteMode = "auto",
     baselines: bool = False,
-    run_file: Path | None = None,
+    run_file: str | Path | None = None,
     show_progress_bar: bool = False,
 ) -> dict[str, Any]:
     """Scores a retriever on the pooled benchmark, and returns the report as one JSON object.
@@ -40,13 +40,13 @@ def evaluate(
       DataError: a domain that cannot be evaluated.
     """
     require(route in ("auto", "oracle", "base", "all"), f"route must be auto, oracle, base or all, got {route!r}")
-    require(
-        run_file is None or run_file.parent.is_dir(),
-        f"cannot write the run {run_file}: there is no directory {run_file and run_file.parent}",
-    )
+    if run_file is not None:
+        run_file = Path(run_file)
+        require(run_file.parent.is_dir(), f"cannot write the run {run_file}: there is no directory {run_file.parent}")
+        require(not run_file.is_dir(), f"cannot write the run {run_file}: it is a directory; name a file in it")
     sets = read_test_sets(retriever, domains, split)
     # The oracle needs the whole domain in its own expert's index, not where a router placed some of it.
-    no_expert = [test.name for test in sets if retriever.sizes.get(test.name, 0) < len(test.documents)]
+    no_expert = [test.name for test in sets if not _in_own_index(retriever, test)]
     require(
         route != "oracle" or not no_expert,
         f"the oracle needs an expert for each domain; {', '.join(no_expert)} has none",
@@ -90,7 +90,16 @@ def evaluate(
     return report
 
 
-def score_run(run_file: Path, domains: dict[str, Path], *, split: str = "test") -> dict[str, Any]:
+def _in_own_index(retriever: Retriever, test: TestSet) -> bool:
+    """Whether every document of the domain is in the index of the domain's own expert."""
+    names = [*retriever.sizes]
+    if test.name not in names:
+        return False
+    start = sum(retriever.sizes[name] for name in names[: names.index(test.name)])
+    return test.documents.keys() <= {*test.names[start : start + retriever.sizes[test.name]]}
+
+
+def score_run(run_file: str | Path, domains: Mapping[str, str | Path], *, split: str = "test") -> dict[str, Any]:
     """Scores a TREC run, of any system, on one split of each domain: `domains` and `mean` as in `evaluate`.
 
     Ids are as `evaluate` writes them: plain for one domain, with the domain's name and a slash in front for several.
@@ -99,10 +108,10 @@ def score_run(run_file: Path, domains: dict[str, Path], *, split: str = "test") 
       DataError: a run or a domain that cannot be read.
     """
     require(bool(domains), "there is no domain to evaluate; give at least one NAME=BEIR_DIR")
-    run = metrics.read_run(run_file)
+    run = metrics.read_run(Path(run_file))
     runs, values = {}, {}
     for name, path in domains.items():
-        qrels = read_domain(name, path, (split,)).splits[split].qrels
+        qrels = read_domain(name, Path(path), (split,)).splits[split].qrels
         prefix = f"{name}/" if len(domains) > 1 else ""
         runs[name] = {
             query: {id.removeprefix(prefix): score for id, score in hits.items()}

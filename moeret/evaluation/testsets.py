@@ -4,7 +4,7 @@ Every document of an index has one name per test set, however many rows it has: 
 expert/id otherwise, so that ids of two domains that meet by accident stay two documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class Result:
         return {measure: float(np.mean([row[measure] for row in table.values()])) for measure in (NDCG, RECALL)}
 
 
-def read_test_sets(retriever: Retriever, domains: dict[str, Path], split: str) -> list[TestSet]:
+def read_test_sets(retriever: Retriever, domains: Mapping[str, str | Path], split: str) -> list[TestSet]:
     """Reads one split of each domain.
 
     Raises:
@@ -97,12 +97,12 @@ def read_test_sets(retriever: Retriever, domains: dict[str, Path], split: str) -
     known = {document for _, document in held}
     sets = []
     for name, path in domains.items():
-        domain = read_domain(name, path, (split,))
+        domain = read_domain(name, Path(path), (split,))
         documents = {document.id: document for document in domain.corpus}
         missing = [document.id for document in domain.corpus if document not in known]
         if missing:
             raise DataError(
-                f"the index lacks {len(missing)} of the {len(documents)} documents of {path / 'corpus.jsonl'} "
+                f"the index lacks {len(missing)} of the {len(documents)} documents of {domain.path / 'corpus.jsonl'} "
                 f"(first: {missing[0]!r}); build it with this domain"
             )
         sets.append(TestSet.of(name, domain.splits[split], documents, held))

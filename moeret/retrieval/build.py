@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ _MODEL = "model-"
 
 
 def build_index(
-    model: Path,
-    out: Path,
-    domains: dict[str, Path],
-    corpora: Sequence[Path] = (),
+    model: str | Path,
+    out: str | Path,
+    domains: Mapping[str, str | Path],
+    corpora: Sequence[str | Path] = (),
     *,
     config: IndexConfig | None = None,
     overwrite: bool = False,
@@ -55,22 +55,23 @@ def build_index(
     index is returned as it is.
 
     Raises:
-      DataError: a corpus that cannot be used, or one id twice in one expert's index.
+      DataError: a corpus that cannot be used, or two documents of one id in one expert's index.
       ConfigError: a domain without an expert; or `out` is an index made from other things and `overwrite` is not set.
       ArtifactError, BusyError: the model is damaged, `out` is one, or another process is building there.
     """
-    config = config or IndexConfig()
+    config, model, out = config or IndexConfig(), Path(model), Path(out)
+    domains, corpora = {name: Path(path) for name, path in domains.items()}, [*map(Path, corpora)]
     require(bool(domains or corpora), "there is nothing to index; give --domain NAME=BEIR_DIR or --corpus FILE.jsonl")
-    artifact.read(model, MODEL_KIND)  # a bare base can be loaded, but has no experts to index for
-    loaded = Model.load(model)
-    published = loaded.published
-    if unknown := [name for name in domains if name not in loaded.experts]:
+    published = artifact.read(model, MODEL_KIND)
+    names = [entry["name"] for entry in published.meta["experts"]]
+    if unknown := [name for name in domains if name not in names]:
         raise ConfigError(
-            f"{model} has no expert {unknown[0]} (it has {', '.join(loaded.experts)}); add it with `moeret experts add`, "
+            f"{model} has no expert {unknown[0]} (it has {', '.join(names)}); add it with `moeret experts add`, "
             "or give its documents as --corpus and let the router place them"
         )
     read = {name: read_corpus(path / "corpus.jsonl") for name, path in domains.items()}
     loose = [(path, document) for path in corpora for document in read_corpus(path)]
+    _check_ids(BASE_EXPERT, [], loose)
     request = {
         **to_json(config),
         "model": published.fingerprint,
@@ -82,12 +83,12 @@ def build_index(
             _remove_leftovers(out, finished)
             return finished
         draft = Draft(out, KIND)
-        # The model first: it may get another expert, and lose its present router, while documents are embedded.
+        # The index's own model from here on: the other may get or lose an expert while documents are embedded.
         prefix = f"{_MODEL}{published.fingerprint[:12]}"
-        draft.include(published, prefix)
+        loaded = _include(draft, published, prefix)
         total = sum(map(len, read.values())) + len(loose)
         with progress_bar("Embedding", total, shown=show_progress_bar, unit="documents") as advance:
-            vectors = _Vectors(loaded, published, out / _WORK, advance)
+            vectors = _Vectors(loaded, [out / _WORK / VECTORS, model / WORK / VECTORS], advance)
             placed = {name: (documents, vectors.of(documents, name)) for name, documents in read.items()}
             placed = _place(loaded, placed, loose, vectors)
         meta = {
@@ -101,17 +102,30 @@ def build_index(
         return finished
 
 
+def _include(draft: Draft, model: Artifact, prefix: str) -> Model:
+    """The index's own copy of a model.
+
+    Raises:
+      ArtifactError: another version of the model was published since it was read.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        draft.include(model, prefix)
+        included = Model.load(draft.root / prefix)
+        if included.published.fingerprint == model.fingerprint:
+            return included
+    raise ArtifactError(f"{model.root} was changed meanwhile; index it again")
+
+
 Placed = dict[str, tuple[list[Document], Float[np.ndarray, "N D"]]]
 """Expert -> its documents and their vectors."""
 
 
 class _Vectors:
-    """Document vectors, kept in chunks under `work` until the index is published; training's are used where they fit."""
+    """Document vectors, kept in chunks in the first folder until the index is published; training's are used where they fit."""
 
-    def __init__(self, model: Model, published: Artifact, work: Path, advance):
-        self._model, self._published, self._advance = model, published, advance
-        trained = published.root / WORK / VECTORS
-        self._folders = [work / VECTORS, *([trained] if os.access(trained, os.R_OK) else [])]
+    def __init__(self, model: Model, folders: Sequence[Path], advance: Advance):
+        self._model, self._advance = model, advance
+        self._folders = [folders[0], *(folder for folder in folders[1:] if os.access(folder, os.R_OK))]
 
     def of(self, documents: list[Document], expert: str) -> Float[np.ndarray, "N D"]:
         """Unit vectors of documents in the expert's index."""
@@ -123,7 +137,7 @@ class _Vectors:
         def embed(chunk: Sequence[str]) -> np.ndarray:
             return embedder.base(chunk, advance=self._advance)
 
-        key = model.base.fingerprint if number == 0 else f"{self._published.fingerprint}/{expert}"
+        key = model.base.fingerprint if number == 0 else f"{model.published.fingerprint}/{expert}"
         return cached_vectors(embed, texts, model.embedder.width, self._folders, key, self._advance)
 
 
@@ -187,14 +201,15 @@ def _place(model: Model, placed: Placed, loose: list[tuple[Path, Document]], vec
 
 
 def _check_ids(expert: str, before: list[Document], added: list[tuple[Path, Document]]) -> None:
-    sources = {document.id: "its domain" for document in before}
+    """Raises DataError where an index would have two documents of one id; the same document twice is one in a result."""
+    sources = {document.id: ("its domain", document) for document in before}
     for path, document in added:
-        if source := sources.get(document.id):
+        source, first = sources.setdefault(document.id, (str(path), document))
+        if first != document:
             raise DataError(
-                f"{path}: document {document.id!r} goes to expert {expert}, whose index has that id already (from {source}); "
-                "ids must be unique, rename one"
+                f"{path}: document {document.id!r} goes to expert {expert}, whose index has that id already "
+                f"(from {source}) for another document; ids must be unique, rename one"
             )
-        sources[document.id] = str(path)
 
 
 def _build(

@@ -30,7 +30,7 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
             rows = ((row, document.id, document.title, document.text) for row, document in enumerate(documents))
             connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
             connection.commit()
-    except sqlite3.OperationalError as error:
+    except sqlite3.Error as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
 
 
@@ -40,7 +40,10 @@ class DocumentStore:
     def __init__(self, path: Path):
         self._path, self._lock = path, threading.Lock()
         uri = f"file:{quote(str(path.resolve()))}?mode=ro&immutable=1"
-        self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        try:
+            self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise ArtifactError(f"cannot read {path}: {error}; build the index anew") from None
 
     def close(self) -> None:
         """Gives the file back."""

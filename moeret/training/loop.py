@@ -22,7 +22,7 @@ from moeret.training.mesh import replicate
 from moeret.training.step import TrainState, add_batch, learning_rates, make_optimizer, update, zero_totals
 
 Evaluate = Callable[[Bank, Bool[np.ndarray, "E"]], Float[np.ndarray, "E 3"]]
-"""Dev nDCG@10 of each active expert of a bank (without the base), over all, seen and unseen queries."""
+"""Dev nDCG@10 of each expert asked for of a bank (without the base), over all, seen and unseen queries."""
 
 
 @dataclass(slots=True)
@@ -40,12 +40,14 @@ class Progress:
         zeros = np.zeros(experts, np.int32)
         return cls(np.full(experts, -1.0, np.float32), zeros, zeros.copy(), np.ones(experts, bool))
 
-    def look(self, step: int, scores: Float[np.ndarray, "E"], patience: int) -> Bool[np.ndarray, "E"]:
-        """Notes a look at dev, and returns which experts are better than ever."""
-        better = self.active & (scores > self.best)
+    def look(
+        self, step: int, scores: Float[np.ndarray, "E"], looked: Bool[np.ndarray, "E"], patience: int
+    ) -> Bool[np.ndarray, "E"]:
+        """Notes a look at the dev of some experts, and returns which of them are better than ever."""
+        better = looked & (scores > self.best)
         self.best = np.where(better, scores, self.best).astype(np.float32)
         self.best_step = np.where(better, step, self.best_step).astype(np.int32)
-        self.stale = np.where(better, 0, self.stale + self.active).astype(np.int32)
+        self.stale = np.where(better, 0, self.stale + looked).astype(np.int32)
         self.active = self.active & (self.stale < patience)
         return better
 
@@ -111,16 +113,16 @@ def fit(
             progress = Progress(**{name: np.asarray(value) for name, value in tree["progress"].items()})
         log.resume(step if saved else -1)
 
-        def look(step: int) -> None:
+        def look(step: int, due: Bool[np.ndarray, "E"]) -> None:
             nonlocal best_bank
-            looked, scores = progress.active, evaluate(state.bank, progress.active)
-            better = progress.look(step, scores[:, 0], config.patience)
+            scores = evaluate(state.bank, due)
+            better = progress.look(step, scores[:, 0], due, config.patience)
             best_bank = _choose(jnp.asarray(better), state.bank, best_bank)
             groups = zip(("dev", "seen", "unseen"), scores.T, strict=True)
-            log.write(step=step, **{group: _named(names, values, looked) for group, values in groups})
+            log.write(step=step, **{group: _named(names, values, due) for group, values in groups})
 
         if not saved:
-            look(0)
+            look(0, progress.active)
 
         # ---- Steps
         limits = batches.limits
@@ -146,10 +148,12 @@ def fit(
                 )
                 require(
                     np.isfinite(mean),
-                    f"the loss is not finite at step {step}; lower --learning-rate and give another --out",
+                    f"the loss is not finite at step {step}; lower --learning-rate, and delete {work} to start over",
                 )
-                if step % config.evaluate_every == 0 or (limits[active] == step).any():
-                    look(step)
+                # Each at its own times, so that an expert's path depends on nobody beside it.
+                due = active & ((step % config.evaluate_every == 0) | (limits == step))
+                if due.any():
+                    look(step, due)
                     progress.active = progress.active & (limits > step)
                     checkpoints.save(step, _tree(state, best_bank, progress))
                 dev = float(progress.best.mean())

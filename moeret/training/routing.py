@@ -136,12 +136,18 @@ def choose_query_router(
         candidates.append((score, router))
     best = max(candidates, key=lambda candidate: candidate[0])[1]
     report["chosen"] = best.kind
-    best = _yielding(best, [part(readings, best.reads) for readings in dev], yields or {})
+    if yields:
+        held = [part(readings, best.reads) for readings in dev]
+        best = _yielding(best, held, yields)
+        report[best.kind] |= quality(best, held)
     return _with_familiarity(best, *([part(own, best.reads) for own in readings] for readings in (train, dev))), report
 
 
 def _yielding(router: Router, dev: Sequence[Float[np.ndarray, "_ D"]], yields: Mapping[int, Sequence[int]]) -> Router:
-    """The router with experts scored lower, until each takes at most TAKEN of the dev queries of any that it yields to."""
+    """The router with experts scored lower, until each takes at most TAKEN of the dev queries of any that it yields to.
+
+    By LOWERED at most: where that is not enough, the domains are too much alike, and the report's accuracy says so.
+    """
     bias = router.bias.copy()
     for number, others in yields.items():
         for lowered in np.arange(0, LOWERED + 0.5, 0.5, np.float32):

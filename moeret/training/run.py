@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,14 @@ from moeret.types import SHARED_EXPERT
 
 
 def train(
-    domains: dict[str, Path],
-    out: Path,
+    domains: Mapping[str, str | Path],
+    out: str | Path,
     *,
     base: str = DEFAULT_BASE,
     config: TrainConfig | None = None,
     show_progress_bar: bool = False,
 ) -> Artifact:
-    """Trains one expert per domain (name -> BEIR folder) and a router, and publishes the model at `out`.
+    """Trains one expert per domain (name -> BEIR folder, in any order) and a router, and publishes the model at `out`.
 
     A run that was cut off goes on where it stopped when this is called again with the same arguments; a finished one is
     returned as it is. Only the train and dev splits are ever read.
@@ -51,6 +51,10 @@ def train(
     """
     config = config or TrainConfig()
     require(len(domains) > 0, "there is no domain to train on; give at least one NAME=BEIR_DIR")
+    for name in domains:
+        check_name(name)
+    # One order, whatever order they are given in: checkpoints know experts by their places.
+    domains, out = {name: Path(domains[name]) for name in sorted(domains)}, Path(out)
     read = read_domains(domains)
     encoder = load_base(base, find_base(base))
     layers = encoder.config.layers
@@ -70,7 +74,7 @@ def train(
             )
             names = [entry["name"] for entry in finished.meta["experts"]]
             require(
-                names == [*domains],
+                sorted(names) == [*domains],
                 f"{out} was trained with these arguments, but its experts have changed since (now {', '.join(names)}); "
                 "use `moeret experts`, or choose another directory",
             )
@@ -96,7 +100,7 @@ def train(
         draft = Draft(out, KIND)
         for name, path in base_files(encoder.folder).items():
             draft.copy(f"base/{name}", path)
-        requests = {name: {**to_json(config), f"domain {name}": source_digests(path)} for name, path in domains.items()}
+        requests = {name: {**to_json(config), (key := f"domain {name}"): request[key]} for name in domains}
         of_base = blends.of_one([own.vectors for own in data.dev]) if blends else Blend()
         entries = _write_experts(draft, data, trained, of_base, requests, added=False)
         meta = {
@@ -117,9 +121,9 @@ def train(
 
 
 def add_expert(
-    model: Path,
+    model: str | Path,
     name: str,
-    domain: Path,
+    domain: str | Path,
     *,
     config: TrainConfig | None = None,
     label_free: bool = False,
@@ -128,8 +132,8 @@ def add_expert(
     """Trains one more expert for a published model and refits its router; no other expert's file changes.
 
     The other domains take part through their profiles: their documents as negatives, their queries for the router. With
-    `label_free` only the folder's corpus is read, queries are made from its documents' titles and texts, the expert's
-    strength is fixed, and words count as much as for the base.
+    `label_free` only the folder's corpus is read, queries are made from its documents' titles and texts, the expert has a
+    fixed strength (0 where it gains nothing on them), and words count as much as for the base.
     `config`'s tower and expert shape are the model's. Continues a run that was cut off, as `train` does.
 
     Raises:
@@ -137,6 +141,7 @@ def add_expert(
       DataError, BusyError: as for `train`.
     """
     check_name(name)
+    model, domain = Path(model), Path(domain)
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
     with artifact.writing(model):
         loaded = Model.load(model)
@@ -195,12 +200,13 @@ def add_expert(
         return finished
 
 
-def remove_expert(model: Path, name: str) -> Artifact:
+def remove_expert(model: str | Path, name: str) -> Artifact:
     """Takes an expert out of a published model and refits its router; no other expert's file changes.
 
     Raises:
       ConfigError: there is no such expert, or it is the last one.
     """
+    model = Path(model)
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
     with artifact.writing(model):
         published = artifact.read(model, KIND)

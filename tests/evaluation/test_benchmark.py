@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from conftest import place_by_router, write_domain, write_jsonl
 import moeret
 from moeret import Retriever, metrics
 from moeret.data.beir import Judged, read_domain
-from moeret.evaluation.baselines import bm25_system
+from moeret.evaluation.baselines import base_system, bm25_system, exact_system, fused_system
+from moeret.evaluation.benchmark import _in_own_index
 from moeret.evaluation.tables import report_tables
 from moeret.evaluation.testsets import Result, TestSet, read_test_sets
 from moeret.evaluation.testsets import score as score_sets
@@ -84,6 +86,24 @@ def test_bm25_ranks_a_document_of_two_indexes_once(tmp_path, monkeypatch, model_
     assert len(found) == len({*found}) == len(held) - 3
     assert {document.id for document in found[:3]} == {"loose0", "loose1", "loose2"}
     assert (np.diff(scores) <= 0).all()
+
+
+def test_baselines_find_a_document_of_two_indexes_once(tmp_path, monkeypatch, model_folder, two_domains):
+    place_by_router(monkeypatch, -1.0)
+    write_jsonl(tmp_path / "loose.jsonl", [{"_id": f"loose{n}", "text": f"the rhine {n}"} for n in range(3)])
+    moeret.build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
+    retriever = Retriever.load(tmp_path / "index")
+    held = retriever.held()
+    exact = exact_system(retriever, retriever.model.embedder.base)
+    for system in (base_system(retriever), exact, fused_system(retriever, [exact, bm25_system(retriever)])):
+        [(rows, scores)] = system(["the rhine"], len(held))
+        found = [held[row][1] for row in rows]
+        assert len(found) == len({*found}) == len(held) - 3
+        assert (np.diff(scores) <= 0).all()
+    [(rows, scores)] = exact(["the rhine"], 1)  # the vector of a row is its document's
+    vectors = retriever.vectors()
+    np.testing.assert_allclose(scores[0], (vectors @ retriever.model.embedder.base(["the rhine"])[0]).max(), atol=1e-5)
+    np.testing.assert_allclose(vectors[rows[0]] @ retriever.model.embedder.base(["the rhine"])[0], scores[0], atol=1e-5)
 
 
 def test_the_report_has_the_promised_shape_and_is_json(retriever, two_domains):
@@ -304,6 +324,14 @@ def test_a_domain_without_an_expert_of_its_own_can_be_evaluated_but_has_no_oracl
     with pytest.raises(moeret.ConfigError, match="river has none"):
         moeret.evaluate(loaded, {"river": domains["river"]}, route="oracle")
     loaded.close()
+
+
+def test_documents_elsewhere_do_not_count_for_the_oracle_however_many_others_are_in_its_index():
+    documents = {id: Document(id, id) for id in ("d1", "d2")}
+    index = SimpleNamespace(sizes={"base": 1, "fruit": 3})
+    for names, whole in ((["d2", "d1", "base/x", "base/y"], False), (["base/x", "d1", "base/y", "d2"], True)):
+        assert _in_own_index(index, TestSet("fruit", Judged({}, {}), documents, names)) == whole
+    assert not _in_own_index(index, TestSet("metal", Judged({}, {}), documents, ["d1", "d2", "d1", "d2"]))
 
 
 def test_only_the_split_that_is_asked_for_is_read(tmp_path, retriever, domains):

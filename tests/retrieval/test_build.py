@@ -173,10 +173,60 @@ def test_a_loose_document_with_an_id_of_the_domain_is_refused(tmp_path, monkeypa
 
 def test_one_id_in_two_corpora_is_refused(tmp_path, monkeypatch, model_folder):
     place_by_router(monkeypatch, 1.1)
-    for name in ("one.jsonl", "two.jsonl"):
-        loose_corpus(tmp_path / name)
+    monkeypatch.setattr("moeret.models.embed.Embedder.base", lambda *rest, **more: pytest.fail("embedded first"))
+    loose_corpus(tmp_path / "one.jsonl")
+    write_jsonl(tmp_path / "two.jsonl", [{"_id": "loose0", "text": "another"}])
     with pytest.raises(moeret.DataError, match=r"two\.jsonl: document 'loose0'.*already \(from .*one\.jsonl\)"):
         build_index(model_folder, tmp_path / "index", {}, [tmp_path / "one.jsonl", tmp_path / "two.jsonl"])
+
+
+def test_the_same_document_in_two_corpora_is_one_hit(tmp_path, monkeypatch, model_folder):
+    place_by_router(monkeypatch, 1.1)
+    for name in ("one.jsonl", "two.jsonl"):
+        loose_corpus(tmp_path / name)
+    published = build_index(
+        str(model_folder), str(tmp_path / "i"), {}, [str(tmp_path / "one.jsonl"), tmp_path / "two.jsonl"]
+    )
+    assert published.meta["documents"]["count"] == 5
+    hits = moeret.Retriever.load(tmp_path / "i").search("the rhine", k=50)
+    assert sorted(hit.id for hit in hits) == [f"loose{number}" for number in range(5)]
+
+
+def test_a_model_may_change_while_its_documents_are_embedded(tmp_path, monkeypatch, model_folder, two_domains):
+    before = build_index(model_folder, tmp_path / "before", two_domains)
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    usual = build.cached_vectors
+
+    def removing(*rest):
+        if "metal" in moeret.Model.load(model).experts:
+            moeret.remove_expert(model, "metal")
+        return usual(*rest)
+
+    monkeypatch.setattr(build, "cached_vectors", removing)
+    assert build_index(model, tmp_path / "index", two_domains).fingerprint == before.fingerprint
+
+
+def test_a_model_that_changes_before_it_is_copied_is_said_so(tmp_path, monkeypatch, model_folder, two_domains):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+
+    def removing(path):
+        if "metal" in moeret.Model.load(model).experts:
+            moeret.remove_expert(model, "metal")
+        return read_corpus(path)
+
+    monkeypatch.setattr(build, "read_corpus", removing)
+    with pytest.raises(moeret.ArtifactError, match="was changed meanwhile; index it again"):
+        build_index(model, tmp_path / "index", {"fruit": two_domains["fruit"]})
+    build_index(model, tmp_path / "index", {"fruit": two_domains["fruit"]})
+
+
+def test_what_a_killed_job_left_of_the_documents_is_no_hindrance(tmp_path, model_folder, two_domains):
+    (tmp_path / "index").mkdir()
+    build.write_documents(tmp_path / "index" / "documents.sqlite.unfinished", [Document("half", "a half")])
+    build_index(model_folder, tmp_path / "index", two_domains)
+    assert set.union(*held(tmp_path / "index").values()) == set.union(
+        *(set(read_corpus(path / "corpus.jsonl")) for path in two_domains.values())
+    )
 
 
 def test_a_domain_without_an_expert_is_refused_with_the_command_that_helps(tmp_path, model_folder, domains):

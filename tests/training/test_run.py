@@ -145,6 +145,49 @@ def test_a_finished_run_is_returned_and_other_arguments_are_refused(two_domains,
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_the_order_in_which_domains_are_given_does_not_matter(
+    two_domains, base_folder, short, undisturbed, tmp_path, monkeypatch
+):
+    def explode(*arguments):
+        raise RuntimeError("power cut")
+
+    reordered = dict(reversed(two_domains.items()))
+    assert moeret.train(reordered, undisturbed.root, base=str(base_folder), config=short) == undisturbed
+    with monkeypatch.context() as patched:  # what is trained already is the other domain's if places are mixed up
+        patched.setattr("moeret.training.run.choose_query_router", explode)
+        with pytest.raises(RuntimeError, match="power cut"):
+            moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=short)
+    again = moeret.train(reordered, tmp_path / "m", base=str(base_folder), config=short)
+    assert again.fingerprint == undisturbed.fingerprint
+
+
+def test_paths_may_be_strings(two_domains, base_folder, short, undisturbed):
+    given = {name: str(path) for name, path in two_domains.items()}
+    assert moeret.train(given, str(undisturbed.root), base=str(base_folder), config=short) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["base", "all", "auto", "../outside", ""])
+def test_names_that_mean_something_else_are_refused(two_domains, base_folder, short, tmp_path, name):
+    with pytest.raises(moeret.DataError, match="cannot name a domain"):
+        moeret.train({name: two_domains["fruit"]}, tmp_path / "m", base=str(base_folder), config=short)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_expert_s_looks_at_dev_depend_on_nobody_beside_it(two_domains, base_folder, short, tmp_path):
+    """The smaller domain ends at a step of its own, and the other is not looked at there."""
+    small = shutil.copytree(two_domains["metal"], tmp_path / "metal")
+    lines = (small / "qrels/train.tsv").read_text().splitlines()
+    (small / "qrels/train.tsv").write_text("\n".join(lines[:9]) + "\n")
+    config = dataclasses.replace(short, epochs=8, batch_size=16)
+    looked = {}
+    for name, given in {"together": {**two_domains, "metal": small}, "alone": {"metal": small}}.items():
+        moeret.train(given, tmp_path / name, base=str(base_folder), config=config)
+        rows = map(json.loads, (tmp_path / name / "training/metrics.jsonl").read_text().splitlines())
+        looked[name] = [(row["step"], [*row["dev"]]) for row in rows if "dev" in row]
+    assert looked["alone"] == [(0, ["metal"]), (4, ["metal"])]
+    assert looked["together"] == [(0, ["fruit", "metal"]), (4, ["fruit", "metal"]), (8, ["fruit"]), (12, ["fruit"])]
+
+
 def test_an_unfinished_run_refuses_other_arguments(two_domains, base_folder, short, tmp_path, monkeypatch):
     def explode(*arguments):
         raise RuntimeError("power cut")
