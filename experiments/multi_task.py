@@ -21,6 +21,7 @@ class MultiTask(NamedTuple):
     """A trained delta at its own best strength."""
 
     name: str
+    made_of: str  # a hash of its settings and of our model, whose data and base it shares
     steps: int  # a domain
     dev: float  # nDCG@10
     encode: Callable[[Sequence[str]], np.ndarray]  # queries to unit vectors
@@ -32,9 +33,13 @@ def equal_budget(ours: TrainConfig, train_queries: Sequence[int], rank: int | No
         min(ours.steps, math.ceil(ours.epochs * own / ours.batch_size)) for own in train_queries
     )
     size = ours.expert.shared_rank + len(train_queries) * ours.expert.rank
+    each = math.ceil(steps / len(train_queries))
     return dataclasses.replace(
         ours,
-        shared_steps=math.ceil(steps / len(train_queries)),
+        shared_steps=each,
+        evaluate_every=math.ceil(
+            ours.evaluate_every * each / ours.shared_steps
+        ),  # as many looks at dev as our shared delta
         epochs=math.ceil(steps * ours.batch_size / sum(train_queries)),
         shared_learning_rate=rate,
         expert=dataclasses.replace(ours.expert, shared_rank=rank or size),
@@ -53,13 +58,15 @@ def train_multi_task(
     for rank, rate in tried:
         own = equal_budget(config, [len(each.queries) for each in data.sets], rank, rate)
         name = f"multi-task-{own.expert.shared_rank}-{rate:g}"
-        work = ours.with_name(f"{name}-{artifact.fingerprint(to_json(own))[:8]}")
+        made_of = artifact.fingerprint([to_json(own), model.published.fingerprint])
+        work = ours.with_name(f"{name}-{made_of[:8]}")
         learned = learn_shared(data, embedder.in_precision(own.precision), own, work, show_progress_bar=True)
         bank = experts.scaled(experts.stack([learned.delta]), np.full(1, learned.strength))
         alone = Embedder(base, experts.with_base(bank)).alone(1)
         made.append(
             MultiTask(
                 name,
+                made_of,
                 own.shared_steps,
                 learned.dev,
                 lambda texts, alone=alone: alone.base(model.with_prompt(texts, "query")),

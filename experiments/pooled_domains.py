@@ -28,6 +28,7 @@ from experiments.folders import excerpt, named_apart
 from experiments.multi_task import train_multi_task
 from experiments.pilots import pilot_system
 from experiments.pooled_report import draw, report, summary
+from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.data.beir import read_domain, sample, seen_queries, write_domain
 from moeret.evaluation.baselines import System, bm25_system, exact_system, fused_system
@@ -39,7 +40,7 @@ from moeret.progress import progress_bar
 from moeret.retrieval.search import Rankings
 from moeret.training.prepare import read_domains
 from moeret.types import SHARED_EXPERT
-from scripts.benchmarks import FILE, fast_precision, write_block, write_section
+from scripts.benchmarks import COMMIT, FILE, fast_precision, write_block, write_section
 
 TRAINED = (
     "scifact", "nfcorpus", "medquad", "obliqa", "fin10k", "attack-cti", "esco-jobs", "nl2bash", "conala", "checkthat20",
@@ -152,6 +153,10 @@ def run_seed(
         seconds[name] = round(time.monotonic() - started)
         return made
 
+    first_commit = place / "commit"
+    if not first_commit.is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        artifact.write_atomically(first_commit, COMMIT.encode())
     model = timed("train", lambda: moeret.train(trained, place / "model", config=ours, show_progress_bar=True))
     rivals = timed("train multi-task", lambda: train_multi_task(trained, place / "model", ours, tried)) if tried else []
     corpora = [path / "corpus.jsonl" for path in foreign.values()]
@@ -161,18 +166,27 @@ def run_seed(
 
     suffix = "" if queries is None else f"-{queries}-queries"
 
-    def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if not file.is_file():
-            scored = timed("evaluate", make)
-            file.write_text(json.dumps(scored | {"seconds": seconds, "experts": model.meta["experts"]}))
-        return json.loads(file.read_text())
+    def kept(file: Path, of: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        old = json.loads(file.read_text()) if file.is_file() else {}
+        if old.get("of") == of:
+            return old
+        scored = {"of": of, "commit": COMMIT, **timed("evaluate", make), "seconds": seconds}
+        artifact.write_atomically(file, json.dumps(scored).encode())
+        return scored
 
-    scores = kept(place / f"scores{suffix}.json", lambda: evaluate(retriever, trained, foreign, queries, first=first))
+    made_of = [retriever.index.fingerprint, list(MINIMA), list(LIMITS), VOTES]
+    scores = kept(
+        place / f"scores{suffix}.json",
+        made_of,
+        lambda: evaluate(retriever, trained, foreign, queries, first=first),
+    )
+    scores |= {"experts": model.meta["experts"], "trained_at": first_commit.read_text()}
     if not rivals:
         return scores, []
     best = max(rivals, key=lambda rival: rival.dev)
     own = kept(
         place / f"scores-{best.name}{suffix}.json",
+        [*made_of, best.made_of],
         lambda: evaluate_rival(retriever, best.encode, trained, foreign, queries, ours.dev_queries),
     )
     scores["systems"] |= own["systems"]
@@ -253,12 +267,12 @@ def evaluate(
         abstained = {name: float(np.mean([own.abstained for own in part.routes])) for name, part in found.items()}
         route("known-domain oracle", "oracle", home)
         system("shared delta alone", exact_system(retriever, _encoder(model, SHARED_EXPERT)))
-        route("routed, all indexes", "all", home)
         retriever.blends, blends = {}, retriever.blends
         route("routed, cosine alone", "auto", home)
         route("oracle, cosine alone", "oracle", home)
         retriever.blends = blends
         if first:
+            route("routed, all indexes", "all", home)
             bm25, base = bm25_system(retriever), exact_system(retriever, _encoder(model, None))
             system("BM25", bm25)
             system("base", base)
@@ -276,21 +290,12 @@ def evaluate(
                 retriever.strange_limit = usual + other
                 route(f"limit {other:+g}", "auto", home)
             retriever.strange_limit = usual
-            best = []
+            each = [systems[label]["values"] for label in ("base", "known-domain oracle")]
             for expert in model.experts:
-                found = {test.name: search_route(retriever, test, expert, bar) for test in home}
-                best.append(score(home, {name: own.ranked for name, own in found.items()}).values)
-            best.append(
-                {name: _as_dict(test, systems["base"]["values"][name]) for test in home for name in [test.name]}
-            )
+                system(expert, exact_system(retriever, _encoder(model, expert)), home)
+                each.append(systems.pop(expert)["values"])
             systems["best-expert-per-query oracle"] = {
-                "values": {
-                    test.name: {
-                        measure: np.max([[*own[test.name][measure].values()] for own in best], axis=0).tolist()
-                        for measure in (NDCG, RECALL)
-                    }
-                    for test in home
-                }
+                "values": {test.name: _best_of([own[test.name] for own in each]) for test in home}
             }
     return {
         "systems": systems,
@@ -298,7 +303,6 @@ def evaluate(
         "abstained": abstained,
         "seen": {test.name: seen_queries(test.judged, train_splits[test.name]).tolist() for test in home},
         "documents": retriever.index.meta["documents"]["count"],
-        "sizes": retriever.sizes,
     }
 
 
@@ -306,8 +310,13 @@ def _only(found: dict[str, Rankings], sets: list[TestSet]) -> dict[str, Rankings
     return {test.name: found[test.name] for test in sets}
 
 
-def _as_dict(test: TestSet, values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    return {measure: dict(zip(test.judged.queries, own, strict=True)) for measure, own in values.items()}
+def _best_of(systems: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Both measures of each query by the system with its best nDCG@10."""
+    best = np.argmax([own[NDCG] for own in systems], axis=0)
+    return {
+        measure: np.array([own[measure] for own in systems])[best, np.arange(len(best))].tolist()
+        for measure in (NDCG, RECALL)
+    }
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def report(
     parts = [
         _setup(scores, names, foreign, config),
         f"{NDCG} x 100 on the test queries (at most {most} a domain), which say nothing of their domain, over one pool of "
-        f"{scores[0]['documents']:,} documents; means over {_seeds(scores)}:\n\n"
+        f"{scores[0]['documents']:,} documents; means over {_seeds(scores)} where nothing else is said:\n\n"
         + _by_domain(table, recall, names, foreign, seen),
         _spread(scores, table, names),
         _checks(scores, table, names, foreign, seen),
@@ -74,8 +74,12 @@ def _setup(scores, names, foreign, config) -> str:
         rival = (
             f"- multi-task: one delta, {own['steps']} steps a domain, as many as we take in all, at its own best strength, "
             f"compared exactly with the whole pool; rank {shared + len(names) * rank} has as many parameters as all of ours. "
-            f"Best on dev of {tried} (rank, learning rate): {own['taken']}\n"
-            f"- multi-task, blended: the same with BM25 and a memory of all train queries beside its cosine; one blend for all "
+            + (
+                f"Best on dev of {tried} (rank, learning rate): {own['taken']}\n"
+                if len(own["dev"]) > 1
+                else f"One setting was tried, {tried} on dev (rank, learning rate), with as many looks at dev as our shared delta\n"
+            )
+            + f"- multi-task, blended: the same with BM25 and a memory of all train queries beside its cosine; one blend for all "
             f"domains, the best on dev (BM25 x {own['blend']['lexical']:g}, memory x {own['blend']['memory']:g})\n"
         )
     return (
@@ -85,8 +89,13 @@ def _setup(scores, names, foreign, config) -> str:
         f"a step, learning rates {config['shared_learning_rate']:g} and {config['learning_rate']:g}, in {config['precision']}\n"
         f"{rival}"
         f"- our blends (BM25, memory), chosen on dev, first seed: {_blends(first['experts'])}\n"
-        "- shared delta alone, base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, first "
-        "seed) search the whole pool exactly, by cosine; routed and the oracles search HNSW indexes and words and memories"
+        "- shared delta alone, base, base + BM25 (reciprocal rank fusion) and RouterRetriever's pilots (over our experts, by the "
+        "votes of 100 train queries a domain, first seed) search the whole pool exactly, by cosine; routed and the known-domain "
+        "oracle search HNSW indexes and words and memories\n"
+        "- best-expert-per-query oracle (first seed): the best for each query of the known-domain oracle, the base, and every "
+        "expert's vector compared exactly with the whole pool\n"
+        f"- commits at which the seeds' trainings began: {', '.join(own['trained_at'] for own in scores)}; at which they were "
+        f"scored: {', '.join(own['commit'] for own in scores)}"
     )
 
 
@@ -157,7 +166,7 @@ def _checks(scores, table, names, foreign, seen) -> str:
             line(f"foreign corpus {name} against the base", 100 * (ours[name].mean() - base[name].mean()), -0.5)
             for name in foreign
         ),
-        "- paired randomisation over queries, domains weighing the same: "
+        "- paired randomisation over queries (each its mean over the seeds), domains weighing the same: "
         + ", ".join(f"p = {value:.4f} against {label}" for label, value in p.items())
         + " (10,000 rounds, so at least 0.0001)",
         f"- a query searches {cost['indexes']:.2f} indexes with {cost['documents_share']:.1%} of the documents "
@@ -165,7 +174,7 @@ def _checks(scores, table, names, foreign, seen) -> str:
         f"- the router is right for {routing['accuracy']:.1%} of the queries of known domains, abstains for "
         f"{routing['abstained']:.1%} of them, "
         + ", ".join(f"for {np.mean([own['abstained'][name] for own in scores]):.0%} of {name}" for name in foreign),
-        "- seconds, first seed, of the last call (finished parts are not repeated): "
+        "- seconds, first seed, of the call that scored it (finished parts are not repeated): "
         + ", ".join(f"{name} {value}" for name, value in scores[0]["seconds"].items()),
     ]
     return "\n".join(lines)
@@ -233,8 +242,9 @@ def summary(scores: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     indexes = np.mean([own["systems"]["routed"]["cost"]["indexes"] for own in scores])
     total = scores[0]["systems"]["routed"]["cost"]["indexes_total"]
     return (
-        f"Unlabelled test queries of {len(names)} domains over one pool of {scores[0]['documents']:,} documents, mean over the "
-        f"domains and {_seeds(scores)}; a routed query searches {indexes:.2f} of {total} indexes:\n\n"
+        f"Unlabelled test queries of {len(names)} domains (at most {max(map(len, seen.values()))} each) over one pool of "
+        f"{scores[0]['documents']:,} documents, mean over the domains and {_seeds(scores)}; a routed query searches "
+        f"{indexes:.2f} of {total} indexes:\n\n"
         + markdown_table(["", *labels], rows)
         + "\n\n![Bars: nDCG@10 of each system. Curve: nDCG@10 against the documents within reach.](docs/pooled-domains.svg)"
     )
@@ -270,7 +280,7 @@ def draw(file: Path, scores: Sequence[dict[str, Any]], names: Sequence[str]) -> 
             cost.plot(100 * share, 100 * score, "o", color="#c98a1b", ms=10)
             cost.annotate("routed", (100 * share, 100 * score), xytext=(0, 10), textcoords="offset points", ha="center")
     whole = {
-        label: 100 * mean_over(table[label], names)
+        label: 100 * mean_over(_values(scores[:1], label, NDCG), names)
         for label in ("base", "BM25", "multi-task, blended")
         if label in table
     }

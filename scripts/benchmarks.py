@@ -39,7 +39,7 @@ def write_section(name: str, title: str, body: str, extra_versions: dict[str, st
     versions = {package: version(package) for package in VERSIONS} | (extra_versions or {})
     facts = [
         f"- command: `{command()}`",
-        f"- commit: `{commit()}`",
+        f"- commit: `{COMMIT}`",
         f"- machine: {processor()}, {os.cpu_count()} cores, {memory_gib():.0f} GiB, Python {platform.python_version()}",
         f"- versions: {', '.join(f'{package} {number}' for package, number in versions.items())}",
     ]
@@ -77,6 +77,10 @@ def commit() -> str:
         check=True,
     )
     return name.stdout.strip() + (" with changes" if dirty.stdout.strip() else "")
+
+
+COMMIT = commit()
+"""Of the code that was imported: a long run may see another commit at its end."""
 
 
 def processor() -> str:
