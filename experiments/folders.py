@@ -1,8 +1,10 @@
-"""Domains made over for an experiment: with ids of their own, or small."""
+"""Folders of an experiment: domains with ids of their own, or small; and what belongs to one model and its settings."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+from moeret import artifact
 from moeret.data.beir import Domain, Judged, sample, sample_ids
 
 
@@ -29,3 +31,10 @@ def excerpt(domain: Domain, path: Path, queries: dict[str, int], documents: int)
     others = sample_ids((document.id for document in domain.corpus if document.id not in relevant), documents)
     kept = relevant.union(others)
     return Domain(domain.name, path, [document for document in domain.corpus if document.id in kept], splits)
+
+
+def made_from(out: Path, model: Path, *settings: Any) -> Path:
+    """A folder of `out` for what one version of a model and these settings gave: other ones never find it."""
+    place = out / artifact.fingerprint([artifact.read(model, "model").fingerprint, *settings])[:12]
+    place.mkdir(parents=True, exist_ok=True)
+    return place

@@ -4,7 +4,7 @@ Command:  python -m experiments.label_free --data DATA [--pooled runs/pooled_dom
           DATA and --pooled as experiments.pooled_domains leaves them; cranfield, cisi and cacm are added to its first seed's
           model, which never saw them.
 Time:     about 20 minutes on 2 cores.
-Expected: no other expert's file changes by a byte, and the other domains' nDCG@10 changes by at most 0.3 points. How strong such
+Expected: no other expert's file changes by a byte, and the other domains' nDCG@10 falls by at most 0.3 points. How strong such
           an expert should be is read off other domains' real dev queries. Writes its tables into BENCHMARKS.md.
 """
 
@@ -18,8 +18,10 @@ import numpy as np
 import tyro
 
 import moeret
-from experiments.add_domain import digests
+from experiments.add_domain import changes, digests
+from experiments.folders import made_from
 from experiments.pooled_domains import FOREIGN, TRAINED
+from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.data.lexical import Lexical, stems
 from moeret.evaluation.benchmark import search_route
@@ -57,7 +59,9 @@ class Arguments:
 def main() -> None:
     """Runs the experiment and writes its section."""
     arguments = tyro.cli(Arguments)
-    source, model = arguments.pooled / "seed-0" / "model", arguments.out / "model"
+    source = arguments.pooled / "seed-0" / "model"
+    out = made_from(arguments.out, source)
+    model = out / "model"
     if not model.is_dir():
         shutil.copytree(source, model, ignore=shutil.ignore_patterns("checkpoints"))
     home = {name: arguments.data / name for name in TRAINED}
@@ -71,9 +75,9 @@ def main() -> None:
     before = digests(source)
     changed = [name for name, digest in before.items() if digests(model).get(name) != digest]
 
-    moeret.build_index(model, arguments.out / "index", {**home, **new}, show_progress_bar=True)
+    moeret.build_index(model, out / "index", {**home, **new}, show_progress_bar=True)
     found = {}
-    for when, index in (("before", arguments.pooled / "seed-0" / "index"), ("after", arguments.out / "index")):
+    for when, index in (("before", arguments.pooled / "seed-0" / "index"), ("after", out / "index")):
         retriever = moeret.Retriever.load(index)
         tests = read_test_sets(retriever, {**home, **new}, "test")
         routes = {"routed": tests, "base": [test for test in tests if test.name in new]}
@@ -103,25 +107,26 @@ def main() -> None:
             "Routed nDCG@10 x 100 on test, before (documents of the last three come in as corpora without a domain) and after:",
             markdown_table(["domain", "before", "after", "change", "base, all documents"], rows),
             markdown_table(["added", "queries made", "step", "strength"], entries),
+            f"{changes(*({name: found[when, 'routed'][name][NDCG] for name in TRAINED} for when in ('before', 'after')))}\n"
             f"- other experts' files and profiles changed: {len(changed)} of {len(before)}\n"
             f"- seconds to add the three in this call: {seconds:.0f}",
             "How strong such an expert should be: dev nDCG@10 x 100 of domains that have judged queries, by experts that learnt "
             f"from the corpus alone in at most {arguments.steps} steps, in their own index, cosine and words as the base weighs "
             f"them; and of made-up queries, by cosine in the pool (taken: {LABEL_FREE[0]:g}).",
-            _strengths_table(arguments, source),
+            _strengths_table(arguments, source, out),
         ]
     )
     print(body)
     write_section("label-free", "Adding domains without judged queries", body)
 
 
-def _strengths_table(arguments: Arguments, source: Path) -> str:
+def _strengths_table(arguments: Arguments, source: Path, out: Path) -> str:
     rows = []
     for name in COMPARED:
-        work = arguments.out / f"{name}-{arguments.steps}-steps"
+        work = out / f"{name}-{arguments.steps}-steps"
         file = work / "result.json"
         if not file.is_file():
-            file.write_text(json.dumps(_by_strength(name, arguments, source, work)))
+            artifact.write_atomically(file, json.dumps(_by_strength(name, arguments, source, work)).encode())
         for label, values in json.loads(file.read_text()).items():
             rows.append([name, label, *(f"{100 * value:.1f}" for value in values)])
     return markdown_table(["domain", "queries", *(f"{strength:g}" for strength in STRENGTHS)], rows)

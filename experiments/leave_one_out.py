@@ -10,7 +10,6 @@ Expected: routed is at most 0.5 points of nDCG@10 below the base on each. The sh
 
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,9 @@ import tyro
 from safetensors.numpy import load_file
 
 import moeret
+from experiments.folders import made_from
 from experiments.pooled_domains import TRAINED
+from moeret import artifact
 from moeret.data.beir import Judged, sample
 from moeret.evaluation.benchmark import search_route
 from moeret.evaluation.testsets import read_test_sets, score
@@ -53,12 +54,11 @@ class Arguments:
 def main() -> None:
     """Runs the experiment and writes its section."""
     arguments = tyro.cli(Arguments)
-    found = {}
+    place, found = made_from(arguments.out, arguments.pooled / "seed-0" / "model", arguments.queries), {}
     for name in TRAINED:
-        file = arguments.out / f"{name}-{arguments.queries}-queries.json"
+        file = place / f"{name}.json"
         if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(_without(name, arguments)))
+            artifact.write_atomically(file, json.dumps(_without(name, place / name, arguments)).encode())
         found[name] = json.loads(file.read_text())
     body = (
         f"{NDCG} x 100 of each domain's test queries (at most {arguments.queries}) when its expert is taken out of the model and "
@@ -104,14 +104,11 @@ def _dev_table(found: dict[str, dict[str, Any]]) -> str:
     return markdown_table(["strange", "difference to the base", "of the worst domain", "indexes a query"], rows)
 
 
-def _without(name: str, arguments: Arguments) -> dict[str, Any]:
+def _without(name: str, place: Path, arguments: Arguments) -> dict[str, Any]:
     """Scores of one domain in a model without its expert."""
-    place, own = arguments.out / name, arguments.data / name
-    model = place / "model"
+    own, model = arguments.data / name, place / "model"
     shutil.rmtree(place, ignore_errors=True)
-    source = arguments.pooled / "seed-0" / "model"
-    shutil.copytree(source, model, copy_function=os.link, ignore=shutil.ignore_patterns("checkpoints", "manifest.json"))
-    shutil.copy(source / "manifest.json", model)  # the one file that is replaced
+    shutil.copytree(arguments.pooled / "seed-0" / "model", model, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
     moeret.remove_expert(model, name)
     others = {other: arguments.data / other for other in TRAINED if other != name}
     exact = moeret.IndexConfig(exact_below=10**9)  # graphs would take longer to build than to save

@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 
 import moeret
+from experiments.folders import made_from
 from experiments.losses import (
     HARDEST,
     corrected_for_frequency,
@@ -31,7 +32,8 @@ from experiments.losses import (
     unguarded,
 )
 from experiments.pooled_domains import TRAINED
-from moeret.config import TrainConfig
+from moeret import artifact
+from moeret.config import TrainConfig, to_json
 from moeret.data.beir import sample
 from moeret.data.pairs import label_free_pairs
 from moeret.models import experts
@@ -49,7 +51,8 @@ DOMAINS = ("obliqa", "esco-jobs", "nl2bash", "conala")
 """Few queries and many, seen documents and unseen ones."""
 SEEDS = 3
 Start = Literal["base", "base, alone", "shared"]
-"""Experts start from the base and are merged with the shared delta, or not; or they start on top of the shared delta."""
+"""Experts start from the base and are merged with the shared delta, or not; or they start on top of the shared delta, at its
+own best strength, and come to nothing but that where they do not gain on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +160,9 @@ def main() -> None:
     read = read_domains({name: arguments.data / name for name in TRAINED})
     data = prepare(read, embedder, config, source / WORK / VECTORS, show_progress_bar=True)
     shared = read_shared(model.published).delta
+    out, strength = made_from(arguments.out, source, to_json(config)), model.published.meta["shared"]["strength"]
     found = {
-        trial.name: _run(trial, data, embedder, shared, config, arguments.out) for trial in TRIALS[: arguments.trials]
+        trial.name: _run(trial, data, embedder, shared, strength, config, out) for trial in TRIALS[: arguments.trials]
     }
     body = _body(found, config)
     print(body)
@@ -166,9 +170,15 @@ def main() -> None:
 
 
 def _run(
-    trial: Trial, data: Prepared, embedder: Embedder, shared: experts.Bank, config: TrainConfig, out: Path
+    trial: Trial,
+    data: Prepared,
+    embedder: Embedder,
+    shared: experts.Bank,
+    strength: float,
+    config: TrainConfig,
+    out: Path,
 ) -> dict[str, Any]:
-    """Dev nDCG@10 of each domain by group, chosen steps and strengths."""
+    """Dev nDCG@10 of each domain by group, chosen steps and strengths; `strength` is the shared delta's best one alone."""
     file = out / f"{_slug(trial)}.json"
     if file.is_file():
         return json.loads(file.read_text())
@@ -178,9 +188,11 @@ def _run(
         four = dataclasses.replace(four, sets=_with_label_free_pairs(four, embedder))
     base = embedder.base_encoder
     if trial.start == "shared":
-        base = dataclasses.replace(base, params=experts.fold(base.params, shared))
+        base = dataclasses.replace(base, params=experts.fold(base.params, shared, strength))
     own = Embedder(base, experts.base_alone(base.config, config.expert)).in_precision(config.precision)
     tower, fitted = QueryTower(four, own), []
+    every, nothing = np.ones(len(DOMAINS), bool), experts.init_bank(base.config, config.expert, [jax.random.key(0)] * 4)
+    start = tower.values(nothing, every) if trial.start == "shared" else tower.base()
     for seed in range(SEEDS if trial.merge else 1):
         work = out / _slug(TRIALS[0] if trial.merge else trial) / f"seed-{seed}"
         work.mkdir(parents=True, exist_ok=True)
@@ -189,9 +201,9 @@ def _run(
                 fit_experts(four, own, tower, dataclasses.replace(config, seed=seed), work, show_progress_bar=True)
             )
     bank = _merged([run.bank for run in fitted], trial.merge == "by distance")
-    common, every = shared if trial.start == "base" else None, np.ones(len(DOMAINS), bool)
+    common = shared if trial.start == "base" else None
     strengths = choose_strengths(
-        bank, common, lambda bank, merged: tower.values(bank, every, merged), tower.base(), tower.seen
+        bank, common, lambda bank, merged: tower.values(bank, every, merged), start, tower.seen
     )
     result = {
         "base": by_group(tower.base(), tower.seen).tolist(),
@@ -200,7 +212,7 @@ def _run(
         "own": strengths.own.tolist(),
         "shared": strengths.shared.tolist(),
     }
-    file.write_text(json.dumps(result))
+    artifact.write_atomically(file, json.dumps(result).encode())
     return result
 
 

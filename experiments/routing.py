@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from jaxtyping import Float
+from safetensors.numpy import load_file
 
 import moeret
 from experiments.pilots import pilots_of, similarities
@@ -111,7 +112,8 @@ def _routers(retriever: moeret.Retriever, texts: dict[str, list[list[str]]], vot
     columns = ["router", "dev accuracy", "dev ECE", "test accuracy", "test ECE", "µs a query, after reading"]
     return (
         f"Share of queries whose most probable expert is their domain's, and expected calibration error (15 bins), domains "
-        f"weighing the same; fitted on at most {TRAIN_QUERIES} train queries a domain, calibrated on dev:\n\n"
+        f"weighing the same; fitted on at most {TRAIN_QUERIES} train queries a domain, calibrated on dev; "
+        f"pilots by the votes of {VOTES} a domain:\n\n"
         + markdown_table(columns, rows)
         + "\n\nAbstention on test: share answered / share of them that go to the right expert, by the least best probability:\n\n"
         + markdown_table(["router", *(f"{threshold:g}" for threshold in ABSTAIN)], curves)
@@ -155,12 +157,17 @@ def _uses(retriever: moeret.Retriever, dev: list[TestSet]) -> str:
         "as dev chose": (chosen, "auto", likelihood),
     }
     rows = []
-    for label, (model.query_router, route, evidence.LIKELIHOOD) in settings.items():
+    sketches, usual = load_file(retriever.index.path(retriever.index.meta["sketches"])), retriever.strange_limit
+    for label, (router, route, weight) in settings.items():
+        # The limit is the default router's, as the index has it; without evidence strangeness is another, and so is its limit.
+        model.query_router, evidence.LIKELIHOOD = chosen, weight
+        retriever.strange_limit = usual if weight else evidence.Evidence(model.experts, sketches).limit(model)
+        model.query_router = router
         found = {test.name: search_route(retriever, test, route, lambda count: None) for test in dev}
         indexes = np.mean([np.mean([len(own) for own in part.indexes]) for part in found.values()])
         right = f"{router_report(retriever, dev, found)['accuracy']:.1%}"
         rows.append(_row(label, dev, {name: own.ranked for name, own in found.items()}, indexes, right))
-    model.query_router = chosen
+    model.query_router, retriever.strange_limit = chosen, usual
     two = dataclasses.replace(chosen, familiarity=None, slots=2, minimum=0.03)
     for fusion in ("score", "rrf"):
         ranked, indexes = _each_its_own(retriever, dev, two, fusion)

@@ -17,7 +17,9 @@ from typing import Any
 import tyro
 
 import moeret
+from experiments.folders import made_from
 from experiments.recipe import DOMAINS
+from moeret import artifact
 from moeret.config import Tower, TrainConfig
 from moeret.metrics import NDCG
 from moeret.training.prepare import read_domains
@@ -52,8 +54,8 @@ def main() -> None:
     columns = ["system", "mean", *DOMAINS, "seconds to train", "seconds to index"]
     body = (
         f"nDCG@10 x 100 on test, {documents:,} documents of {len(domains)} domains in one index, by `moeret train` and "
-        "`moeret index` with their defaults but for the tower. With both towers each expert encodes its documents, scores of "
-        "experts are fused by their calibrated chances, and there is no shared delta, no words and no memory:\n\n"
+        f"`moeret index` with their defaults but for the tower, in {fast_precision()}. With both towers each expert encodes its "
+        "documents, scores of experts are fused by their calibrated chances, and there are no shared delta, words and memory:\n\n"
         + markdown_table(columns, rows)
     )
     print(body)
@@ -62,23 +64,23 @@ def main() -> None:
 
 def _scores(tower: Tower, domains: dict[str, Path], out: Path) -> dict[str, Any]:
     """Test nDCG@10 of each system by domain, and the seconds that training and indexing took."""
-    file = out / "result.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     config = TrainConfig(tower=tower, precision=fast_precision())
     moeret.train(domains, out / "model", config=config, show_progress_bar=True)
     trained = time.monotonic()
     moeret.build_index(out / "model", out / "index", domains, show_progress_bar=True)
     seconds = {"train": trained - started, "index": time.monotonic() - trained}
+    file = made_from(out, out / "model") / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text())
     retriever = moeret.Retriever.load(out / "index")
     report = moeret.evaluate(retriever, domains, baselines=True, show_progress_bar=True)
     result = {name: own["domains"] for name, own in report["systems"].items()} | {"seconds": seconds}
-    retriever.blends = {}
-    result["cosine"] = moeret.evaluate(retriever, domains)["domains"]
+    if tower == "query":
+        retriever.blends = {}
+        result["cosine"] = moeret.evaluate(retriever, domains)["domains"]
     retriever.close()
-    file.write_text(json.dumps(result))
+    artifact.write_atomically(file, json.dumps(result).encode())
     return result
 
 
