@@ -108,7 +108,7 @@ TRIALS = (
         start="base, alone",
     ),
     Trial(
-        name="the same, merged with the shared delta",
+        name="such blocks, merged with the shared delta",
         expert={"rank": 384, "matrices": ("mlp_in", "mlp_out")},
         config={"learning_rate": 5e-4},
     ),
