@@ -10,7 +10,7 @@ import numpy as np
 from moeret.config import IndexConfig
 from moeret.data.beir import Domain
 from moeret.data.lexical import Lexical, stems
-from moeret.evaluation.baselines import System, distinct_documents
+from moeret.evaluation.baselines import System
 from moeret.evaluation.testsets import Ranked, TestSet, score
 from moeret.metrics import NDCG
 from moeret.models.memory import Blend
@@ -27,17 +27,18 @@ def blended_system(
     encode: Callable[[Sequence[str]], np.ndarray],
 ) -> tuple[System, Blend]:
     """The rival that embeds queries by `encode`, and the blend with the best mean dev nDCG@10 over domains, which it uses."""
-    (documents, held), exact = distinct_documents(retriever), IndexConfig(exact_below=10**9)
+    held, rows, exact = retriever.held(), retriever.distinct(), IndexConfig(exact_below=10**9)
+    documents = [held[row][1] for row in rows]
     index = ExpertIndex(
         0,
-        build_segment(retriever.vectors()[held], np.arange(len(documents)), exact),
+        build_segment(retriever.vectors()[rows], np.arange(len(documents)), exact),
         Lexical.of([document.contents for document in documents]),
         build_memory(remember(domains, encode), documents, 0, exact),
     )
 
     def ranked(vectors: np.ndarray, words: Sequence[list[str]], blend: Blend, k: int) -> list[Ranked]:
         found = index.search(vectors, words, [blend] * len(words), k)
-        return [(held[places], scores) for places, scores in found]
+        return [(rows[places], scores) for places, scores in found]
 
     def system(blend: Blend) -> System:
         return lambda texts, k: ranked(encode(texts), stems(texts), blend, k)

@@ -5,7 +5,8 @@ much they count.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,21 @@ _NEVER = -1e6
 
 
 @contextmanager
-def training_with(loss: Loss) -> Iterator[None]:
-    """Puts another loss into the training step."""
-    usual = step.pooled_decoupled_softmax
-    step.pooled_decoupled_softmax = loss
+def step_with(name: str, other: Callable[..., Any]) -> Iterator[None]:
+    """Puts another function in the place of one that the training step calls by this name."""
+    usual = getattr(step, name)
+    setattr(step, name, other)
     step.add_batch.clear_cache()
     try:
         yield
     finally:
-        step.pooled_decoupled_softmax = usual
+        setattr(step, name, usual)
         step.add_batch.clear_cache()
+
+
+def training_with(loss: Loss) -> AbstractContextManager[None]:
+    """Puts another loss into the training step."""
+    return step_with("pooled_decoupled_softmax", loss)
 
 
 def in_batch(queries: Array, pool: Pool, positives: Array, temperature: float) -> Array:

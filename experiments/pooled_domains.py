@@ -180,7 +180,7 @@ def run_seed(
         made_of,
         lambda: evaluate(retriever, trained, foreign, queries, first=first),
     )
-    scores |= {"experts": model.meta["experts"], "trained_at": first_commit.read_text()}
+    scores |= {"experts": model.meta["experts"], "trained_at": first_commit.read_text(), "votes": VOTES}
     if not rivals:
         return scores, []
     best = max(rivals, key=lambda rival: rival.dev)

@@ -9,8 +9,8 @@ Expected: the line `as it is` or one within the noise of it has the best dev nDC
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from experiments.losses import (
     guarded_at_once,
     hardest,
     in_batch,
+    step_with,
     training_with,
     unguarded,
 )
@@ -69,8 +70,7 @@ class Trial:
     """Experts of SEEDS trainings as it is, merged: all weigh the same, or each matrix by how far it moved."""
 
 
-@contextmanager
-def dropout(rate: float) -> Iterator[None]:
+def dropout(rate: float) -> AbstractContextManager[None]:
     """Training drops inputs of the deltas (LoRA's dropout, but with one choice for all rows of a batch)."""
     usual = step._embed
 
@@ -84,13 +84,7 @@ def dropout(rate: float) -> Iterator[None]:
         own = {layer: {name: dropped(own) for name, own in matrices.items()} for layer, matrices in expert.items()}
         return usual(encoder, layers, params, own, texts)
 
-    step._embed = embed
-    step.add_batch.clear_cache()
-    try:
-        yield
-    finally:
-        step._embed = usual
-        step.add_batch.clear_cache()
+    return step_with("_embed", embed)
 
 
 TRIALS = (
@@ -191,7 +185,10 @@ def _run(
         base = dataclasses.replace(base, params=experts.fold(base.params, shared, strength))
     own = Embedder(base, experts.base_alone(base.config, config.expert)).in_precision(config.precision)
     tower, fitted = QueryTower(four, own), []
-    every, nothing = np.ones(len(DOMAINS), bool), experts.init_bank(base.config, config.expert, [jax.random.key(0)] * 4)
+    every, nothing = (
+        np.ones(len(DOMAINS), bool),
+        experts.init_bank(base.config, config.expert, [jax.random.key(0)] * len(DOMAINS)),
+    )
     start = tower.values(nothing, every) if trial.start == "shared" else tower.base()
     for seed in range(SEEDS if trial.merge else 1):
         work = out / _slug(TRIALS[0] if trial.merge else trial) / f"seed-{seed}"

@@ -10,24 +10,21 @@ from moeret.data.lexical import Lexical, best, stems
 from moeret.retrieval.fusion import Ranking, fuse
 from moeret.retrieval.hnsw import build_segment, exact_search
 from moeret.retrieval.search import Retriever
-from moeret.types import Document
 
 System = Callable[[Sequence[str], int], list[tuple[np.ndarray, np.ndarray]]]
 """(query texts, k) -> each query's (rows, scores), best first."""
 
 
-def distinct_documents(retriever: Retriever) -> tuple[list[Document], Int[np.ndarray, "N"]]:
-    """The pool's documents, one that lies in two indexes counted once, and the first row of each."""
-    first: dict[Document, int] = {}
-    for row, (_, document) in enumerate(retriever.held()):
-        first.setdefault(document, row)
-    return [*first], np.array([*first.values()])
+def contents_of(retriever: Retriever, rows: Int[np.ndarray, "N"]) -> list[str]:
+    """Titles and texts of documents by row."""
+    held = retriever.held()
+    return [held[row][1].contents for row in rows]
 
 
 def bm25_system(retriever: Retriever) -> System:
     """BM25 over titles and texts of every document."""
-    documents, held = distinct_documents(retriever)
-    lexical = Lexical.of([document.contents for document in documents])
+    rows = retriever.distinct()
+    lexical = Lexical.of(contents_of(retriever, rows))
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         found = []
@@ -35,7 +32,7 @@ def bm25_system(retriever: Retriever) -> System:
             scores = lexical.scores(query)
             places = best(scores, k)
             places = places[np.lexsort((places, -scores[places]))]
-            found.append((held[places], scores[places]))
+            found.append((rows[places], scores[places]))
         return found
 
     return search
@@ -44,14 +41,13 @@ def bm25_system(retriever: Retriever) -> System:
 def base_system(retriever: Retriever) -> System:
     """The base with all documents of all domains in one HNSW, as one would do without experts."""
     model = retriever.model
-    documents, held = distinct_documents(retriever)
+    rows = retriever.distinct()
     if model.tower == "query":
-        vectors = retriever.vectors()[held]
+        vectors = retriever.vectors()[rows]
     else:
-        texts = [document.contents for document in documents]
-        vectors = model.embedder.base(model.with_prompt(texts, "document"))
+        vectors = model.embedder.base(model.with_prompt(contents_of(retriever, rows), "document"))
     config = IndexConfig(**retriever.index.meta["config"])
-    segment = build_segment(vectors, held, config)
+    segment = build_segment(vectors, rows, config)
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         return segment.search(model.embedder.base(model.with_prompt(texts, "query")), k)
@@ -61,12 +57,12 @@ def base_system(retriever: Retriever) -> System:
 
 def exact_system(retriever: Retriever, encode: Callable[[Sequence[str]], Float[np.ndarray, "Q D"]]) -> System:
     """One vector for each query, compared with every document of the pool."""
-    held = distinct_documents(retriever)[1]
-    vectors = retriever.vectors()[held]
+    rows = retriever.distinct()
+    vectors = retriever.vectors()[rows]
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         places, scores = exact_search(encode(texts), vectors, min(k, len(vectors)))
-        return list(zip(held[places], scores, strict=True))
+        return list(zip(rows[places], scores, strict=True))
 
     return search
 

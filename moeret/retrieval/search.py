@@ -230,6 +230,10 @@ class Retriever:
         """Whose index has each row."""
         return [self._names[number] for number in np.searchsorted(self._starts, rows, side="right") - 1]
 
+    def distinct(self) -> Int[np.ndarray, "_"]:
+        """The first row of every document: one that lies in two indexes has two."""
+        return np.unique(self._same)
+
     def vectors(self) -> Float[np.ndarray, "N D"]:
         """Every document's vector, by row."""
         out = np.empty((sum(self.sizes.values()), self.model.embedder.width), np.float32)
