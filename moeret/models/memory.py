@@ -25,6 +25,12 @@ class Blend(NamedTuple):
     lexical: float = 0.0
     memory: float = 0.0
 
+    def scores(
+        self, cosine: Float[np.ndarray, "*N"], bm25: Float[np.ndarray, "*N"], recalled: Float[np.ndarray, "*N"]
+    ) -> Float[np.ndarray, "*N"]:
+        """Documents' scores by what speaks for each."""
+        return cosine + np.float32(self.lexical) * bm25 + np.float32(self.memory) * recalled
+
 
 class Memory(NamedTuple):
     """Train queries and the documents they were answered with: those of query t are documents[offsets[t]:offsets[t + 1]].

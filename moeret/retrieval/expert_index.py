@@ -77,7 +77,7 @@ class ExpertIndex:
         k: int,
     ) -> Found:
         """One query's best documents: of those near its vector, those with its words, those that answered its like."""
-        candidates, bm25 = [near], None
+        candidates = [near]
         if blend.lexical:
             bm25 = self.lexical.scores(words)
             candidates.append(self.first + best(bm25, max(k, CANDIDATES)))
@@ -85,11 +85,12 @@ class ExpertIndex:
             answers, values = remembered(*queries, self.memory.offsets, self.memory.rows)
             candidates.append(answers)
         rows = np.unique(np.concatenate(candidates))
-        scores = self.segment.vectors_of(rows) @ vector
-        if bm25 is not None:
-            scores = scores + np.float32(blend.lexical) * bm25[rows - self.first]
+        counted, recalled = np.zeros((2, len(rows)), np.float32)
+        if blend.lexical:
+            counted = bm25[rows - self.first]
         if queries is not None:
-            scores[np.searchsorted(rows, answers)] += np.float32(blend.memory) * values
+            recalled[np.searchsorted(rows, answers)] = values
+        scores = blend.scores(self.segment.vectors_of(rows) @ vector, counted, recalled)
         order = np.lexsort((rows, -scores))[:k]
         return rows[order], scores[order]
 

@@ -43,12 +43,12 @@ class _Candidates:
 
     rows: Int[np.ndarray, "Q K"]
     cosine: Float[np.ndarray, "Q K"]
-    lexical: Float[np.ndarray, "Q K"]
-    memory: Float[np.ndarray, "Q K"]
+    bm25: Float[np.ndarray, "Q K"]
+    recalled: Float[np.ndarray, "Q K"]
 
     def ndcg(self, own: DevSet, blend: Blend) -> Float[np.ndarray, "Q"]:
         """Each dev query's nDCG@10 with a blend."""
-        scores = self.cosine + np.float32(blend.lexical) * self.lexical + np.float32(blend.memory) * self.memory
+        scores = blend.scores(self.cosine, self.bm25, self.recalled)
         top = np.argsort(-scores, axis=1, kind="stable")[:, :10]
         return ndcg_of(own, np.take_along_axis(self.rows, top, axis=1), np.take_along_axis(scores, top, axis=1))
 
@@ -99,7 +99,7 @@ class DevBlends:
             known = memory.queries.astype(np.float32)
         found = []
         for vector, words in zip(queries, self._words[number], strict=True):
-            cosine, lexical = documents @ vector, self._lexical[number].scores(words)
+            cosine, bm25 = documents @ vector, self._lexical[number].scores(words)
             recalled = np.zeros_like(cosine)
             if memory is not None:
                 near = known @ vector
@@ -107,8 +107,8 @@ class DevBlends:
                 answers, values = remembered(nearest, near[nearest], offsets, rows)
                 recalled[answers] = values
             close = np.argpartition(-cosine, min(CANDIDATES, len(cosine)) - 1)[:CANDIDATES]
-            own = np.unique(np.concatenate([close, best(lexical, CANDIDATES), np.flatnonzero(recalled)]))
-            found.append((own, cosine[own], lexical[own], recalled[own]))
+            own = np.unique(np.concatenate([close, best(bm25, CANDIDATES), np.flatnonzero(recalled)]))
+            found.append((own, cosine[own], bm25[own], recalled[own]))
         width = max(len(own) for own, *_ in found)
         return _Candidates(
             *(
