@@ -123,8 +123,8 @@ TRIALS = (
     Trial(name="all six layers, no shared delta", expert={"layers": 6}, start="base, alone"),
     Trial(name="rank 64", expert={"rank": 64}),
     Trial(name="learning rate 1e-3", config={"learning_rate": 1e-3}),
-    Trial(name="learning rate 4e-3", config={"learning_rate": 4e-3}),
     Trial(name="temperature 0.05", config={"temperature": 0.05}),
+    Trial(name="learning rate 4e-3", config={"learning_rate": 4e-3}),
     Trial(name="rank 4", expert={"rank": 4}),
     Trial(name="64 queries a step", config={"batch_size": 64}),
 )
