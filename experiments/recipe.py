@@ -44,7 +44,7 @@ from moeret.training import step
 from moeret.training.batches import TrainingSet
 from moeret.training.learn import fit_experts
 from moeret.training.prepare import Prepared, prepare, read_domains
-from moeret.training.strength import choose_strengths
+from moeret.training.strength import choose_strengths, try_strengths
 from moeret.training.towers import QueryTower, by_group
 from scripts.benchmarks import fast_precision, markdown_table, write_section
 
@@ -199,9 +199,8 @@ def _run(
             )
     bank = _merged([run.bank for run in fitted], trial.merge == "by distance")
     common = shared if trial.start == "base" else None
-    strengths = choose_strengths(
-        bank, common, lambda bank, merged: tower.values(bank, every, merged), start, tower.seen
-    )
+    tried = try_strengths(bank, common, lambda bank, merged: tower.values(bank, every, merged))
+    strengths = choose_strengths(tried, start, tower.seen)
     result = {
         "base": by_group(tower.base(), tower.seen).tolist(),
         "dev": by_group(strengths.values, tower.seen).tolist(),

@@ -24,7 +24,7 @@ from moeret.training.blend import Blended, DevBlends
 from moeret.training.loop import Fitted, fit
 from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared
-from moeret.training.strength import OWN, Strengths, choose_strength, choose_strengths
+from moeret.training.strength import OWN, Strengths, choose_strength, choose_strengths, try_strengths
 from moeret.training.towers import BothTowers, QueryTower, by_group, mean_over_domains
 from moeret.types import SHARED_EXPERT
 
@@ -136,14 +136,8 @@ def learn(
     fitted = fit_experts(data, embedder, tower, config, work, show_progress_bar=show_progress_bar)
     every = np.ones(len(data.sets), bool)
     before = tower.base()
-    strengths = choose_strengths(
-        fitted.bank,
-        shared,
-        lambda bank, merged: tower.values(bank, every, merged),
-        before,
-        tower.seen,
-        own_strengths,
-    )
+    tried = try_strengths(fitted.bank, shared, lambda bank, merged: tower.values(bank, every, merged), own_strengths)
+    strengths = choose_strengths(tried, before, tower.seen)
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))
     merged = shared and experts.Shared(shared, np.concatenate([[0], strengths.shared]).astype(np.float32))
     dev = [by_group(values, tower.seen) for values in (before, strengths.values)]

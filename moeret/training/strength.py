@@ -8,6 +8,7 @@ out of a small grid.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -24,6 +25,10 @@ Values = Sequence[Float[np.ndarray, "Q"]]
 """nDCG@10 of each domain's dev queries."""
 
 
+Tried = dict[tuple[float, float], Values]
+"""What all experts score if each uses so much of its own delta and of the shared one: (own, shared) -> values."""
+
+
 class Strengths(NamedTuple):
     """What each expert was found to want, and what it scores on dev with that."""
 
@@ -32,14 +37,25 @@ class Strengths(NamedTuple):
     values: Values
 
 
-def choose_strengths(
+def try_strengths(
     bank: Bank,
     shared: Bank | None,
     score: Callable[[Bank, Shared | None], Values],
-    base: Values,
-    seen: Sequence[Bool[np.ndarray, "Q"]],
     own_strengths: Sequence[float] = OWN,
-) -> Strengths:
+) -> Tried:
+    """Dev scores at every pair of strengths of the grid but the base's, the same pair for all experts."""
+    experts = len(jax.tree.leaves(bank)[0])
+    trained = any(np.any(factors["b"]) for matrices in bank.values() for factors in matrices.values())
+    tried: Tried = {}
+    for common in SHARED[:1] if shared is None else SHARED:
+        for own in own_strengths if trained else OWN[:1]:
+            if own or common:  # neither: the base
+                merged = None if shared is None else Shared(shared, np.full(experts + 1, common, np.float32))
+                tried[own, common] = score(scaled(bank, np.full(experts, own)), merged)
+    return tried
+
+
+def choose_strengths(tried: Tried, base: Values, seen: Sequence[Bool[np.ndarray, "Q"]]) -> Strengths:
     """The strengths with the best dev nDCG@10 of which neither seen nor unseen queries suffer against the base.
 
     What is best for a domain is read off its few hundred queries with noise, and most domains want about the same. So a
@@ -47,13 +63,6 @@ def choose_strengths(
     fixed half.
     """
     experts = len(base)
-    trained = any(np.any(factors["b"]) for matrices in bank.values() for factors in matrices.values())
-    tried: dict[tuple[float, float], Values] = {}
-    for common in SHARED[:1] if shared is None else SHARED:
-        for own in own_strengths if trained else OWN[:1]:
-            if own or common:  # neither: the base
-                merged = None if shared is None else Shared(shared, np.full(experts + 1, common, np.float32))
-                tried[own, common] = score(scaled(bank, np.full(experts, own)), merged)
     common_mean = {pair: np.mean([own.mean() for own in values]) for pair, values in tried.items()}
     best = Strengths(np.zeros(experts, np.float32), np.zeros(experts, np.float32), list(base))
     for number in range(experts):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from moeret.training.strength import OWN, SHARED, choose_strength, choose_strengths, harmless
+from moeret.training.strength import OWN, SHARED, choose_strength, choose_strengths, harmless, try_strengths
 
 BANK = {"layer_00": {"query": {"a": jnp.ones((2, 3, 1)), "b": jnp.ones((2, 1, 3))}}}
 DELTA = {"layer_00": {"query": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 3))}}}
@@ -28,7 +28,7 @@ def test_each_expert_gets_the_strengths_that_serve_it_best():
         far = [(a - x) ** 2 + (b - y) ** 2 for (a, b), (x, y) in zip(found, wanted, strict=True)]
         return [scores(*[0.3 * (distance == 0) - 0.1 * distance] * 2) for distance in far]
 
-    chosen = choose_strengths(BANK, DELTA, score, [scores(0, 0)] * 2, SEEN)
+    chosen = choose_strengths(try_strengths(BANK, DELTA, score), [scores(0, 0)] * 2, SEEN)
     assert [*zip(chosen.own.tolist(), chosen.shared.tolist(), strict=True)] == wanted
     assert all(np.allclose(values, scores(0.3, 0.3)) for values in chosen.values)
 
@@ -41,7 +41,7 @@ def test_an_expert_that_hardly_cares_does_as_the_others_do():
         noise = 0.001 if (own, under) == (0.25, 0.0) else 0.0
         return [scores(0.1 + noise, 0.1 + noise), scores(*[0.3 - 0.3 * abs(other - 0.75)] * 2)]
 
-    chosen = choose_strengths(BANK, None, score, [scores(0, 0)] * 2, SEEN)
+    chosen = choose_strengths(try_strengths(BANK, None, score), [scores(0, 0)] * 2, SEEN)
     assert chosen.own.tolist() == [0.75, 0.75]
 
 
@@ -50,12 +50,12 @@ def test_what_harms_unseen_queries_is_not_chosen_however_much_seen_ones_gain():
         own, under = strength_of(bank, shared, 0)
         return [scores(own + under, 0.01 if own + under <= 1 else -0.1, noise=0.001)] * 2
 
-    chosen = choose_strengths(BANK, DELTA, score, [scores(0, 0)] * 2, SEEN)
+    chosen = choose_strengths(try_strengths(BANK, DELTA, score), [scores(0, 0)] * 2, SEEN)
     assert (chosen.own + chosen.shared == 1).all()
 
 
 def test_where_every_strength_harms_the_base_stays():
-    chosen = choose_strengths(BANK, DELTA, lambda *_: [scores(0.5, -0.2)] * 2, [scores(0, 0)] * 2, SEEN)
+    chosen = choose_strengths(try_strengths(BANK, DELTA, lambda *_: [scores(0.5, -0.2)] * 2), [scores(0, 0)] * 2, SEEN)
     assert not chosen.own.any() and not chosen.shared.any()
     np.testing.assert_array_equal(chosen.values[0], scores(0, 0))
 
