@@ -30,7 +30,7 @@ from experiments.pilots import pilot_system
 from experiments.pooled_report import draw, report, summary
 from moeret import artifact
 from moeret.config import TrainConfig
-from moeret.data.beir import read_domain, sample, seen_queries, write_domain
+from moeret.data.beir import Domain, read_domain, sample, seen_queries, write_domain
 from moeret.evaluation.baselines import System, bm25_system, exact_system, fused_system
 from moeret.evaluation.benchmark import cost, router_report, search_route, search_system
 from moeret.evaluation.testsets import TestSet, read_test_sets, score
@@ -205,11 +205,8 @@ def evaluate_rival(
 ) -> dict[str, Any]:
     """Scores one delta for all domains, compared exactly with the whole pool: by its cosine alone, and with one blend."""
     tests = _tests(retriever, {**trained, **foreign}, most)
-    domains, held = read_domains(trained), retriever.held()
-    dev = [
-        TestSet.of(own.name, sample(own.splits["dev"], most_dev), {each.id: each for each in own.corpus}, held)
-        for own in domains
-    ]
+    domains = read_domains(trained)
+    dev = dev_sets(retriever, domains, most_dev)
     blended, blend = blended_system(retriever, domains, dev, encode)
     systems = {}
     for label, system in (("multi-task", exact_system(retriever, encode)), ("multi-task, blended", blended)):
@@ -221,6 +218,15 @@ def evaluate_rival(
 def _tests(retriever: moeret.Retriever, domains: dict[str, Path], most: int | None) -> list[TestSet]:
     tests = read_test_sets(retriever, domains, "test")
     return [dataclasses.replace(test, judged=sample(test.judged, most)) for test in tests] if most else tests
+
+
+def dev_sets(retriever: moeret.Retriever, domains: Sequence[Domain], most: int) -> list[TestSet]:
+    """Dev queries of each domain, by which everything was chosen, at most so many."""
+    held = retriever.held()
+    return [
+        TestSet.of(own.name, sample(own.splits["dev"], most), {each.id: each for each in own.corpus}, held)
+        for own in domains
+    ]
 
 
 def _encoder(model: moeret.Model, expert: str | None) -> Callable:

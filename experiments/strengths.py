@@ -9,7 +9,7 @@ Expected: a part of both deltas is better than all of one or of both. Chosen on 
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from moeret.training.learn import fit_experts
 from moeret.training.prepare import prepare, read_domains
 from moeret.training.strength import OWN, SHARED, Tried, Values, choose_strengths, try_strengths
 from moeret.training.towers import QueryTower
+from moeret.types import SHARED_EXPERT
 from scripts.benchmarks import fast_precision, markdown_table, write_section
 
 HALVINGS = 20
 """How often dev is halved at random; each half is chosen by once and scored once."""
-CHOICES = {
+CHOICES: dict[str, Callable[[float, float], bool]] = {
     "own alone": lambda own, shared: shared == 0,
     "shared alone": lambda own, shared: own == 0,
     "both": lambda own, shared: True,
@@ -79,7 +80,8 @@ def _tried(source: Path, data: Path, work: Path) -> dict[str, Any]:
     prepared = prepare(domains, embedder, config, source / WORK / VECTORS, show_progress_bar=True)
     embedder = embedder.in_precision(config.precision)
     shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(source / WORK, work)  # finished: fitting gives the experts at their best steps and at full strength
+    # A finished training's: fitting gives the experts at their best steps and at full strength.
+    shutil.copytree(source / WORK, work, ignore=shutil.ignore_patterns(VECTORS, SHARED_EXPERT))
     tower = QueryTower(prepared, embedder)
     bank = fit_experts(prepared, embedder, tower, config, work, show_progress_bar=True).bank
     every = np.ones(len(domains), bool)
@@ -131,7 +133,7 @@ def _mean(values: Sequence[Sequence[float]]) -> float:
     return float(np.mean([np.mean(own) for own in values]))
 
 
-def _across_halves(found: dict[str, Any], may: Any) -> np.ndarray:
+def _across_halves(found: dict[str, Any], may: Callable[[float, float], bool]) -> np.ndarray:
     """Each domain's dev nDCG@10 on halves of its queries by which nothing was chosen."""
     random, scored = np.random.default_rng(0), []
     base = [np.array(own) for own in found["base"]]

@@ -17,12 +17,12 @@ import numpy as np
 import tyro
 
 import moeret
-from experiments.pooled_domains import FOREIGN, TRAINED, share_vectors
+from experiments.pooled_domains import FOREIGN, TRAINED, dev_sets, share_vectors
 from moeret import artifact
 from moeret.config import TrainConfig
-from moeret.data.beir import sample, seen_queries
+from moeret.data.beir import seen_queries
 from moeret.evaluation.benchmark import search_route
-from moeret.evaluation.testsets import TestSet, score
+from moeret.evaluation.testsets import score
 from moeret.metrics import NDCG
 from moeret.progress import progress_bar
 from moeret.training.prepare import read_domains
@@ -96,11 +96,8 @@ def _scores(variant: str, seed: int, trained: dict[str, Path], arguments: Argume
 
 
 def _evaluate(retriever: moeret.Retriever, trained: dict[str, Path]) -> dict[str, float]:
-    domains, held, most = read_domains(trained), retriever.held(), TrainConfig().dev_queries
-    tests = [
-        TestSet.of(own.name, sample(own.splits["dev"], most), {each.id: each for each in own.corpus}, held)
-        for own in domains
-    ]
+    domains = read_domains(trained)
+    tests = dev_sets(retriever, domains, TrainConfig().dev_queries)
     seen = [seen_queries(test.judged, own.splits["train"]) for test, own in zip(tests, domains, strict=True)]
     count = sum(len(test.judged.queries) for test in tests)
 
