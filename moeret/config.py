@@ -67,6 +67,8 @@ class TrainConfig:
     """Optimizer steps of the shared delta for each domain at most."""
     batch_size: int = 32
     """Queries per step, all of one domain."""
+    mini_batch_size: int = 256
+    """Texts that are encoded at a time; a larger batch takes the memory of so many, and encodes each twice (GradCache)."""
     learning_rate: float = 2e-3
     """Peak of a cosine schedule with a short linear warm-up (AdamW, gradients clipped)."""
     shared_learning_rate: float = 1e-3
@@ -98,8 +100,12 @@ class TrainConfig:
         require(
             self.precision in ("float32", "bfloat16"), f"precision must be float32 or bfloat16, got {self.precision!r}"
         )
-        for name in ("shared_steps", "batch_size", "evaluate_every", "patience", "dev_queries"):
+        for name in ("shared_steps", "batch_size", "mini_batch_size", "evaluate_every", "patience", "dev_queries"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(
+            self.batch_size <= self.mini_batch_size or self.batch_size % self.mini_batch_size == 0,
+            f"batch_size {self.batch_size} is no multiple of mini_batch_size {self.mini_batch_size}",
+        )
         require(self.epochs > 0, f"epochs must be above 0, got {self.epochs}")
         require(self.steps >= 0, f"steps must not be negative, got {self.steps}")
         require(self.hard_negatives >= 0, f"hard_negatives must not be negative, got {self.hard_negatives}")

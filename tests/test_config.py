@@ -18,7 +18,7 @@ NONSENSE = [
     *((TrainConfig, "tower", value) for value in ("document", "", "QUERY")),
     *(
         (TrainConfig, name, value)
-        for name in ("shared_steps", "batch_size", "evaluate_every", "patience", "dev_queries")
+        for name in ("shared_steps", "batch_size", "mini_batch_size", "evaluate_every", "patience", "dev_queries")
         for value in (0, -1)
     ),
     *((TrainConfig, "hard_negatives", value) for value in (-1,)),
@@ -51,6 +51,13 @@ SENSE = [
 def test_a_value_without_sense_is_refused_by_name(config, name, value):
     with pytest.raises(ConfigError, match=rf"\b{name}\b"):
         config(**{name: value})
+
+
+@pytest.mark.parametrize(("batch", "mini"), [(300, 256), (512, 255)])
+def test_a_batch_that_its_parts_do_not_divide_is_refused(batch, mini):
+    with pytest.raises(ConfigError, match=f"batch_size {batch} is no multiple of mini_batch_size {mini}"):
+        TrainConfig(batch_size=batch, mini_batch_size=mini)
+    TrainConfig(batch_size=200, mini_batch_size=256)
 
 
 @pytest.mark.parametrize(("config", "name", "value"), SENSE)

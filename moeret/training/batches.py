@@ -33,6 +33,14 @@ class TrainingSet:
     documents: Int[np.ndarray, "N"]  # the domain's rows of the pool
 
 
+def check_split(config: TrainConfig, devices: int) -> None:
+    """Raises ConfigError where devices cannot share the rows of a batch alike; filler rows make that good for queries alone."""
+    require(
+        config.tower == "query" or config.batch_size % devices == 0,
+        f"batch_size {config.batch_size} cannot be split over {devices} devices; choose a multiple",
+    )
+
+
 class Batches:
     """The batches of every step, on the devices of a mesh.
 
@@ -53,12 +61,9 @@ class Batches:
         *,
         shared: bool = False,
     ):
-        require(
-            document_ids is None or config.batch_size % mesh.size == 0,
-            f"batch_size {config.batch_size} cannot be split over {mesh.size} devices; choose a multiple",
-        )
+        check_split(config, mesh.size)
         self.names = (SHARED,) if shared else tuple(own.name for own in sets)
-        self.mesh, self.static = mesh, (encoder, layers, config.temperature)
+        self.mesh, self.static = mesh, (encoder, layers, config.temperature, config.mini_batch_size)
         dtype = jnp.dtype(config.precision)
         columns = None if document_ids else Pool(pool.astype(dtype), np.ascontiguousarray(pool.T).astype(dtype))
         self.frozen = replicate(mesh, Frozen(cast_kernels(params, dtype), columns))
@@ -108,12 +113,11 @@ class Batches:
         mined = self._mined[expert]
         picks = random.integers(mined.shape[1], size=(len(queries), self._config.hard_negatives))
         columns = np.concatenate([chosen, np.take_along_axis(mined[queries], picks, axis=1).ravel()])
-        relevant = [set(own.positives[q].tolist()) for q in queries]
         return PairBatch(
             queries=TextBatch(*pad(own.queries, batch)),
             documents=_text_batch([self._document_ids[row] for row in columns], self._document_edges),
             weights=np.full(len(queries), 1 / self._config.batch_size, np.float32),
-            positives=np.array([[int(row) in positives for row in columns] for positives in relevant]),
+            positives=np.stack([np.isin(columns, own.positives[q]) for q in queries]),
         )
 
     def _mine(self, pool: Float[np.ndarray, "N D"], own: TrainingSet) -> Int[np.ndarray, "Q 16"]:

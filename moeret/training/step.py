@@ -7,6 +7,7 @@ A batch is of one expert, and its rows weigh 1 / batch_size, so the gradient of 
 optimizer its whole path, is the same whether it trains alone or beside others on the same pool of documents.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,11 +97,27 @@ def _embed(encoder: EncoderConfig, layers: int, params, expert: Bank, texts: Tex
     return unit(module.branch(hidden, texts.lengths, layers, expert))
 
 
-@jax.jit(static_argnames=("encoder", "layers", "temperature"), donate_argnames=("totals",))
+def in_parts(function: Callable[[Any], Array], rows: Any, size: int) -> Array:
+    """`function` of a tree's rows, at most `size` at a time, in the memory of one part.
+
+    Each part is worked on once more for its gradient (GradCache, arXiv 2101.06983), which is the whole's. Rows of one device
+    stay there: of so many parts, each takes every so-manieth row.
+    """
+    count = len(jax.tree.leaves(rows)[0])
+    if count <= size:
+        return function(rows)
+    parts = next(number for number in range(-(-count // size), count + 1) if count % number == 0)
+    split = jax.tree.map(lambda leaf: leaf.reshape(count // parts, parts, *leaf.shape[1:]).swapaxes(0, 1), rows)
+    done = jax.lax.map(jax.checkpoint(function, prevent_cse=False), split)
+    return done.swapaxes(0, 1).reshape(count, *done.shape[2:])
+
+
+@jax.jit(static_argnames=("encoder", "layers", "temperature", "mini_batch_size"), donate_argnames=("totals",))
 def add_batch(
     encoder: EncoderConfig,
     layers: int,
     temperature: float,
+    mini_batch_size: int,
     frozen: Frozen,
     bank: Bank,
     totals: Totals,
@@ -110,13 +127,21 @@ def add_batch(
     """Adds a batch's gradients and loss, all of one expert, to the totals."""
 
     def loss(own: Bank) -> Float[Array, ""]:
-        queries = _embed(encoder, layers, frozen.params, own, batch.queries)
+        def embed(texts: TextBatch) -> Float[Array, "B D"]:
+            return in_parts(lambda part: _embed(encoder, layers, frozen.params, own, part), texts, mini_batch_size)
+
+        queries = embed(batch.queries)
         if isinstance(batch, QueryBatch):
-            rows = pooled_decoupled_softmax(queries, frozen.pool, batch.positives, temperature)
+
+            def of_rows(part: tuple[Array, Array]) -> Float[Array, "B"]:
+                return pooled_decoupled_softmax(part[0], frozen.pool, part[1], temperature)
         else:
-            documents = _embed(encoder, layers, frozen.params, own, batch.documents)
-            rows = decoupled_softmax(queries @ documents.T / temperature, batch.positives)
-        return (rows * batch.weights).sum()
+            documents = embed(batch.documents)
+
+            def of_rows(part: tuple[Array, Array]) -> Float[Array, "B"]:
+                return decoupled_softmax(part[0] @ documents.T / temperature, part[1])
+
+        return (in_parts(of_rows, (queries, batch.positives), mini_batch_size) * batch.weights).sum()
 
     value, gradients = jax.value_and_grad(loss)(jax.tree.map(lambda leaf: leaf[expert], bank))
     return Totals(

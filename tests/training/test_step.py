@@ -60,6 +60,34 @@ def test_a_sharded_step_equals_the_one_device_step(prepared, train_config, tower
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), four_bank, one_bank)
 
 
+def totals_of(prepared, config, devices=1):
+    """(totals of a first step of one moved expert, temporary bytes of its program)."""
+    embedder, data = prepared
+    base = embedder.base_encoder
+    bank = experts.init_bank(base.config, config.expert, [jax.random.key(0)])
+    bank = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(9), leaf.shape), bank)
+    ids = BothTowers(data, embedder).document_ids if config.tower == "both" else None
+    layers = experts.trunk_layers(bank, base.config)
+    mesh = data_mesh(jax.devices()[:devices])
+    batches = Batches(base.config, layers, base.params, data.pool, ids, data.sets[:1], config, mesh)
+    ((expert, batch),) = batches.step(0, np.ones(1, bool))
+    arguments = (*batches.static, batches.frozen, *replicate(mesh, (bank, zero_totals(bank))), expert, batch)
+    memory = add_batch.lower(*arguments).compile().memory_analysis()
+    return jax.device_get(add_batch(*arguments)), memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("tower", ["query", "both"])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_in_less_memory(prepared, train_config, tower, devices):
+    config = dataclasses.replace(train_config, tower=tower, batch_size=256, hard_negatives=2)
+    whole, much = totals_of(prepared, config, devices)
+    parts, little = totals_of(prepared, dataclasses.replace(config, mini_batch_size=8), devices)
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
+    longest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole.gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * longest), parts.gradients, whole.gradients)
+    assert little < much / 4
+
+
 @pytest.mark.parametrize("tower", ["query", "both"])
 def test_an_expert_trains_beside_others_as_it_does_alone(prepared, train_config, tower):
     config = dataclasses.replace(train_config, tower=tower)
