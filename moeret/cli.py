@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 
 from moeret.config import DEFAULT_BASE, IndexConfig, RouteMode, TrainConfig, require
@@ -55,17 +54,23 @@ class Train:
     """Model directory to make; checkpoints and metrics.jsonl lie in its folder training."""
     base: str = DEFAULT_BASE
     """Base encoder: a local folder or a hub id."""
+    distributed: str | None = None
+    """One of several processes that train together: auto (TPU pods, Slurm, Open MPI), or HOST:PORT,PROCESS/PROCESSES."""
     config: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     json: bool = False
     """Print the result as JSON."""
 
     def run(self) -> None:
+        from moeret.processes import is_first, join
         from moeret.training.run import train
 
         domains = parse_domains([item for group in self.domain for item in group])
-        published = train(domains, self.out, base=self.base, config=self.config, show_progress_bar=not self.json)
-        _print_experts(published.meta, self.json)
-        if not self.json:
+        join(self.distributed)
+        shown = is_first() and not self.json
+        published = train(domains, self.out, base=self.base, config=self.config, show_progress_bar=shown)
+        if is_first():
+            _print_experts(published.meta, self.json)
+        if shown:
             _OUT.print(f"Model: {self.out}", markup=False)
 
 
@@ -169,6 +174,7 @@ class Index:
     """Print the result as JSON."""
 
     def run(self) -> None:
+        from moeret.evaluation.tables import index_table
         from moeret.retrieval.build import build_index
 
         domains = parse_domains([item for group in self.domain for item in group])
@@ -185,12 +191,7 @@ class Index:
         if self.json:
             _print_json({"documents": meta["documents"]["count"], "experts": meta["experts"]})
             return
-        table = Table("expert", "documents", "search", "recall@10")
-        for name, expert in meta["experts"].items():
-            segment = expert["segment"]
-            recall = f"{segment['recall@10']:.3f}" if "graph" in segment else "1"
-            table.add_row(name, str(segment["documents"]), "HNSW" if "graph" in segment else "exact", recall)
-        _OUT.print(table)
+        _OUT.print(index_table(meta))
         _OUT.print(f"Index: {self.out}", markup=False)
 
 
@@ -213,8 +214,7 @@ class Search:
         from moeret.retrieval.search import Retriever
 
         route, experts = ("all", None) if self.experts == "all" else ("auto", _whole(self.experts))
-        retriever = Retriever.load(self.index)
-        found = retriever.rank([self.query], self.k, route=route, experts=experts)
+        found = (retriever := Retriever.load(self.index)).rank([self.query], self.k, route=route, experts=experts)
         [hits], [routed] = retriever.hits(found), found.routes
         if self.json:
             fields = ("rank", "id", "score", "expert", "title", "text")

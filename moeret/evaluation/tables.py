@@ -28,6 +28,16 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
     return [*tables, _routing_table(report)]
 
 
+def index_table(meta: dict[str, Any]) -> Table:
+    """What each expert's index holds, and how it is searched."""
+    table = Table("expert", "documents", "search", "recall@10")
+    for name, expert in meta["experts"].items():
+        segment = expert["segment"]
+        recall = f"{segment['recall@10']:.3f}" if "graph" in segment else "1"
+        table.add_row(name, str(segment["documents"]), "HNSW" if "graph" in segment else "exact", recall)
+    return table
+
+
 def model_tables(meta: dict[str, Any]) -> list[Table | str]:
     """What a published model's experts, its shared delta and its routers did on dev."""
     parts: list[Table | str] = [expert_table(meta["experts"]), use_table(meta["experts"])]

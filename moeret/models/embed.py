@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from moeret import artifact
 from moeret.data.buckets import length_batches, pad, power_of_four, standard_edges
+from moeret.errors import ArtifactError
 from moeret.models.encoder import EncoderConfig, cast_kernels, token_moments, with_params
 from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
+from moeret.processes import is_mine, wait_for_all
 from moeret.progress import Advance
 
 _CHUNK = 2048
@@ -225,16 +227,24 @@ def cached_vectors(
     """`embed(texts)` in chunks kept on disk, so that a killed job loses one chunk and a second job none.
 
     A chunk is found in any of `folders` by a hash of `key` (which names the encoder) and its texts, checked by its own
-    digest, and written to the first of them. `advance` is called for chunks that are found; `embed` reports its own.
+    digest, and written to the first of them. Where several processes want the same texts, each embeds some of the chunks.
+    `advance` is called for chunks that are found; `embed` reports its own.
+
+    Raises:
+      ArtifactError: another process wrote a chunk to where this one does not see it.
     """
     folders[0].mkdir(parents=True, exist_ok=True)
     out = np.empty((len(texts), width), np.float32)
-    for start in range(0, len(texts), _CHUNK):
+    elsewhere = []
+    for number, start in enumerate(range(0, len(texts), _CHUNK)):
         chunk = texts[start : start + _CHUNK]
         name = f"{artifact.fingerprint([key, list(chunk)])}.vectors"
         vectors = next(
             (v for folder in folders if (v := _read_chunk(folder / name, len(chunk), width)) is not None), None
         )
+        if vectors is None and not is_mine(number):
+            elsewhere.append((name, start, len(chunk)))
+            continue
         if vectors is None:
             vectors = np.ascontiguousarray(embed(chunk), np.float32)
             raw = vectors.tobytes()
@@ -242,6 +252,15 @@ def cached_vectors(
         else:
             advance(len(chunk))
         out[start : start + len(chunk)] = vectors
+    wait_for_all("vectors")
+    for name, start, count in elsewhere:
+        vectors = _read_chunk(folders[0] / name, count, width)
+        if vectors is None:
+            raise ArtifactError(
+                f"another process made {folders[0] / name}, but it is not there; give all the same folder"
+            )
+        out[start : start + count] = vectors
+        advance(count)
     return out
 
 

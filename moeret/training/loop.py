@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from moeret.config import TrainConfig, require
 from moeret.models.experts import Bank
+from moeret.processes import from_owners, is_first, is_mine
 from moeret.progress import progress_bar
 from moeret.training.batches import Batches
 from moeret.training.checkpoint import Checkpoints
@@ -51,9 +53,9 @@ class Progress:
         self.active = self.active & (self.stale < patience)
         return better
 
-    def tree(self) -> dict[str, jax.Array]:
+    def tree(self) -> dict[str, np.ndarray]:
         """As arrays for a checkpoint."""
-        return {name: jnp.asarray(getattr(self, name)) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +68,22 @@ class Fitted:
 
 @dataclass(slots=True)
 class MetricsLog:
-    """Metrics as JSON lines; a resumed run first drops the lines that it will write again."""
+    """Metrics as JSON lines, by the first process; a resumed run first drops the lines that it will write again."""
 
     path: Path
 
     def resume(self, step: int) -> None:
         """Keeps only lines up to this step."""
-        if self.path.is_file():
+        if is_first() and self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
             self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def write(self, **values: Any) -> None:
         """Appends one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        if is_first():
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
 
 
 def fit(
@@ -104,7 +107,7 @@ def fit(
     state, best_bank = replicate(batches.mesh, (state, jax.tree.map(jnp.copy, bank)))
     progress, log = Progress.start(len(names)), MetricsLog(work / "metrics.jsonl")
     with Checkpoints(work / "checkpoints") as checkpoints:
-        saved = checkpoints.restore(_tree(state, best_bank, progress))
+        saved = checkpoints.restore(_tree(batches.mesh, state, best_bank, progress))
         step = 0
         if saved:
             step, tree = saved
@@ -115,9 +118,10 @@ def fit(
 
         def look(step: int, due: Bool[np.ndarray, "E"]) -> None:
             nonlocal best_bank
-            scores = evaluate(state.bank, due)
+            mine = due & np.array([is_mine(number) for number in range(len(names))])
+            scores = from_owners(evaluate(jax.device_get(state.bank), mine), mine)
             better = progress.look(step, scores[:, 0], due, config.patience)
-            best_bank = _choose(jnp.asarray(better), state.bank, best_bank)
+            best_bank = _choose(better, state.bank, best_bank)
             groups = zip(("dev", "seen", "unseen"), scores.T, strict=True)
             log.write(step=step, **{group: _named(names, values, due) for group, values in groups})
 
@@ -131,11 +135,11 @@ def fit(
         with progress_bar("Training", last, shown=show_progress_bar, unit="steps", start=step) as advance:
             while progress.active.any():
                 started, active = time.monotonic(), progress.active.copy()
-                totals = replicate(batches.mesh, zero_totals(state.bank))
+                totals = zero_totals(state.bank)
                 for expert, batch in batches.step(step, active):
                     totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
                 rates = np.where(active, learning_rates(config, limits, step), np.float32(0))
-                state = update(optimizer, state, totals.gradients, jnp.asarray(rates))
+                state = update(optimizer, state, totals.gradients, replicate(batches.mesh, rates))
                 losses = np.asarray(totals.losses)
                 step += 1
                 seconds = time.monotonic() - started
@@ -155,7 +159,7 @@ def fit(
                 if due.any():
                     look(step, due)
                     progress.active = progress.active & (limits > step)
-                    checkpoints.save(step, _tree(state, best_bank, progress))
+                    checkpoints.save(step, _tree(batches.mesh, state, best_bank, progress))
                 dev = float(progress.best.mean())
                 advance(1, f"loss {mean:.3f}, {rate:.0f} pairs/s, dev {dev:.3f}")
     return Fitted(jax.device_get(best_bank), progress.best_step)
@@ -164,14 +168,14 @@ def fit(
 def _named(names: tuple[str, ...], values: np.ndarray, active: Bool[np.ndarray, "E"]) -> dict[str, float | None]:
     """The active experts' values, for the log; None for a group of too few queries."""
     return {
-        name: None if np.isnan(value) else round(float(value), 5)
+        name: None if np.isnan(value) else round(float(value), 7)
         for name, value, on in zip(names, values, active, strict=True)
         if on
     }
 
 
-def _tree(state: TrainState, best_bank: Bank, progress: Progress) -> dict[str, Any]:
-    return {"state": tuple(state), "best_bank": best_bank, "progress": progress.tree()}
+def _tree(mesh: Mesh, state: TrainState, best_bank: Bank, progress: Progress) -> dict[str, Any]:
+    return {"state": tuple(state), "best_bank": best_bank, "progress": replicate(mesh, progress.tree())}
 
 
 def _like(structure: optax.OptState, restored: Any) -> optax.OptState:
@@ -179,6 +183,6 @@ def _like(structure: optax.OptState, restored: Any) -> optax.OptState:
     return jax.tree.unflatten(jax.tree.structure(structure), jax.tree.leaves(restored))
 
 
-def _choose(better: jax.Array, new: Bank, old: Bank) -> Bank:
+def _choose(better: Bool[np.ndarray, "E"], new: Bank, old: Bank) -> Bank:
     """The experts of `new` where `better`, else those of `old`."""
     return jax.tree.map(lambda a, b: jnp.where(better[:, None, None], a, b), new, old)

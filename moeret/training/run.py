@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moeret.models.memory import Blend
 from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers, read_shared
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
+from moeret.processes import is_first, wait_for_all
 from moeret.training.blend import Blended, DevBlends
 from moeret.training.learn import Learned, LearnedShared, learn, learn_shared
 from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
@@ -41,7 +43,8 @@ def train(
     """Trains one expert per domain (name -> BEIR folder, in any order) and a router, and publishes the model at `out`.
 
     A run that was cut off goes on where it stopped when this is called again with the same arguments; a finished one is
-    returned as it is. Only the train and dev splits are ever read.
+    returned as it is. Only the train and dev splits are ever read. The processes of a distributed run (`jax.distributed`) train one
+    model: call this in all of them, with the same arguments and an `out` that all see.
 
     Raises:
       DataError: a folder that cannot be trained from.
@@ -66,7 +69,7 @@ def train(
         "base": encoder.fingerprint,
         **{f"domain {name}": source_digests(path) for name, path in domains.items()},
     }
-    with artifact.writing(out):
+    with artifact.writing(out) if is_first() else nullcontext():
         if artifact.exists(out):
             finished = artifact.read(out, KIND)
             _require_same(
@@ -88,6 +91,9 @@ def train(
             shared = learn_shared(data, embedder, config, work / SHARED_EXPERT, show_progress_bar=show_progress_bar)
         delta = shared and shared.delta
         trained = learn(data, embedder, delta, blends, config, work, show_progress_bar=show_progress_bar)
+        if not is_first():
+            wait_for_all("published")
+            return artifact.read(out, KIND)
         search = None
         if config.tower == "query":
             full = embedder.with_bank(experts.with_base(trained.bank), trained.shared)
@@ -117,7 +123,9 @@ def train(
             "router": _write_routers(draft, query_router, _document_router(data.profiles), report),
             "request": request,
         }
-        return draft.publish(meta)
+        published = draft.publish(meta)
+        wait_for_all("published")
+        return published
 
 
 def add_expert(
@@ -143,7 +151,7 @@ def add_expert(
     check_name(name)
     model, domain = Path(model), Path(domain)
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
-    with artifact.writing(model):
+    with artifact.writing(model) if is_first() else nullcontext():
         loaded = Model.load(model)
         published = loaded.published
         shape = {key: tuple(v) if isinstance(v, list) else v for key, v in published.meta["expert"].items()}
@@ -189,6 +197,9 @@ def add_expert(
             own_strengths=LABEL_FREE if label_free else OWN,
             show_progress_bar=show_progress_bar,
         )
+        if not is_first():
+            wait_for_all("published")
+            return artifact.read(model, KIND)
         draft = Draft(model, KIND)
         of_base = Blend(**published.meta["base"]["blend"])
         entries = [
@@ -197,6 +208,7 @@ def add_expert(
         ]
         finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
         shutil.rmtree(work)
+        wait_for_all("published")
         return finished
 
 
@@ -253,13 +265,13 @@ def _yields(entries: Sequence[dict[str, Any]]) -> dict[int, list[int]]:
 
 def _open_work(work: Path, request: dict[str, Any]) -> Path:
     """The folder of a run's checkpoints, which belongs to one request for good."""
-    work.mkdir(parents=True, exist_ok=True)
     file = work / "request.json"
     if file.is_file():
         _require_same(
             json.loads(file.read_text()), request, f"{work} holds an unfinished run with other arguments", work
         )
-    else:
+    elif is_first():
+        work.mkdir(parents=True, exist_ok=True)
         artifact.write_atomically(file, json.dumps(request, indent=1).encode())
     return work
 

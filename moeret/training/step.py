@@ -7,6 +7,7 @@ A batch is of one expert, and its rows weigh 1 / batch_size, so the gradient of 
 optimizer its whole path, is the same whether it trains alone or beside others on the same pool of documents.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,11 +84,18 @@ def learning_rates(config: TrainConfig, limits: Int[np.ndarray, "E"], step: int)
     return (config.learning_rate * np.where(step < limits, share, 0)).astype(np.float32)
 
 
-@jax.jit
 def zero_totals(bank: Bank) -> Totals:
-    """Nothing added up yet."""
-    experts = jax.tree.leaves(bank)[0].shape[0]
-    return Totals(jax.tree.map(jnp.zeros_like, bank), jnp.zeros(experts, jnp.float32))
+    """Nothing added up yet, on the bank's devices."""
+    return _zeros(jax.tree.leaves(bank)[0].sharding)(bank)
+
+
+@functools.cache
+def _zeros(sharding: jax.sharding.Sharding) -> Callable[[Bank], Totals]:
+    def zeros(bank: Bank) -> Totals:
+        experts = jax.tree.leaves(bank)[0].shape[0]
+        return Totals(jax.tree.map(jnp.zeros_like, bank), jnp.zeros(experts, jnp.float32))
+
+    return jax.jit(zeros, out_shardings=sharding)
 
 
 def _embed(encoder: EncoderConfig, layers: int, params, expert: Bank, texts: TextBatch) -> Float[Array, "B D"]:
