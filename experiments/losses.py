@@ -27,12 +27,12 @@ def step_with(name: str, other: Callable[..., Any]) -> Iterator[None]:
     """Puts another function in the place of one that the training step calls by this name."""
     usual = getattr(step, name)
     setattr(step, name, other)
-    step.add_batch.clear_cache()
+    step.add_queries.clear_cache()
     try:
         yield
     finally:
         setattr(step, name, usual)
-        step.add_batch.clear_cache()
+        step.add_queries.clear_cache()
 
 
 def training_with(loss: Loss) -> AbstractContextManager[None]:

@@ -68,31 +68,31 @@ def full_size(edge: int, tokens: int = TOKENS_PER_BATCH) -> int:
 
 
 def length_batches(
-    lengths: Int[np.ndarray, "N"], edges: Sequence[int], tokens: int = TOKENS_PER_BATCH
+    lengths: Int[np.ndarray, "N"], edges: Sequence[int], tokens: int = TOKENS_PER_BATCH, devices: int = 1
 ) -> Iterator[Batch]:
     """Covers every text once with batches of one padded length each; those that are not full round up to a power of four rows.
 
-    What does not fill a batch waits for longer texts, up to twice the length that it needs: so nearly all batches are full,
-    and few shapes are compiled for a few texts of many lengths.
+    Both are for each of the devices that share a batch's rows. What does not fill a batch waits for longer texts, up to twice
+    the length that it needs: so nearly all batches are full, and few shapes are compiled for a few texts of many lengths.
     """
     which = np.searchsorted(edges, lengths)
     waiting = np.empty(0, np.int64)
     for bucket in np.unique(which):
         if len(waiting) and edges[bucket] > 2 * edges[which[waiting[0]]]:
-            yield _rest(waiting, edges[which[waiting[-1]]], tokens)
+            yield _rest(waiting, edges[which[waiting[-1]]], tokens, devices)
             waiting = waiting[:0]
         rows = np.concatenate([waiting, np.flatnonzero(which == bucket)])
-        size = full_size(edges[bucket], tokens)
+        size = full_size(edges[bucket], tokens) * devices
         whole = len(rows) - len(rows) % size
         for start in range(0, whole, size):
             yield Batch(rows[start : start + size], edges[bucket], size)
         waiting = rows[whole:]
     if len(waiting):
-        yield _rest(waiting, edges[which[waiting[-1]]], tokens)
+        yield _rest(waiting, edges[which[waiting[-1]]], tokens, devices)
 
 
-def _rest(rows: Int[np.ndarray, "B"], edge: int, tokens: int) -> Batch:
-    return Batch(rows, edge, min(power_of_four(len(rows)), full_size(edge, tokens)))
+def _rest(rows: Int[np.ndarray, "B"], edge: int, tokens: int, devices: int) -> Batch:
+    return Batch(rows, edge, min(power_of_four(-(-len(rows) // devices)), full_size(edge, tokens)) * devices)
 
 
 def power_of_four(count: int) -> int:

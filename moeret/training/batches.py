@@ -9,14 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from moeret.config import TrainConfig, require
-from moeret.data.buckets import Batch, bucket_edges, pad
+from moeret.config import TrainConfig
+from moeret.data.buckets import Batch, bucket_edges, length_batches, pad
 from moeret.data.negatives import mine_hard_negatives
 from moeret.data.plan import BatchPlan, training_buckets
 from moeret.models.encoder import EncoderConfig, cast_kernels
 from moeret.training.losses import Pool
 from moeret.training.mesh import replicate, shard_rows
-from moeret.training.step import Frozen, PairBatch, QueryBatch, TextBatch
+from moeret.training.step import Chunk, Frozen, PairBatch, QueryBatch, Static, TextBatch
 from moeret.types import SHARED_EXPERT as SHARED
 
 Ids = list[Int[np.ndarray, "L"]]
@@ -31,14 +31,6 @@ class TrainingSet:
     query_vectors: Float[np.ndarray, "Q D"]  # unit base vectors; with a query tower of a sample only, mining needs all
     positives: list[Int[np.ndarray, "P"]]
     documents: Int[np.ndarray, "N"]  # the domain's rows of the pool
-
-
-def check_split(config: TrainConfig, devices: int) -> None:
-    """Raises ConfigError where devices cannot share the rows of a batch alike; filler rows make that good for queries alone."""
-    require(
-        config.tower == "query" or config.batch_size % devices == 0,
-        f"batch_size {config.batch_size} cannot be split over {devices} devices; choose a multiple",
-    )
 
 
 class Batches:
@@ -61,9 +53,8 @@ class Batches:
         *,
         shared: bool = False,
     ):
-        check_split(config, mesh.size)
         self.names = (SHARED,) if shared else tuple(own.name for own in sets)
-        self.mesh, self.static = mesh, (encoder, layers, config.temperature, config.mini_batch_size)
+        self.mesh, self.static = mesh, Static(encoder, layers, config.temperature, config.mini_batch_size)
         dtype = jnp.dtype(config.precision)
         columns = None if document_ids else Pool(pool.astype(dtype), np.ascontiguousarray(pool.T).astype(dtype))
         self.frozen = replicate(mesh, Frozen(cast_kernels(params, dtype), columns))
@@ -76,9 +67,7 @@ class Batches:
             most = max(len(positives) for own in sets for positives in own.positives)
             self._positives = [_padded(own.positives, most) for own in sets]
         else:
-            self._document_edges = bucket_edges(
-                np.array([len(ids) for ids in document_ids]), training_buckets(self.limits.max())
-            )
+            self._edges = _pair_edges(sets, document_ids, 1 + config.hard_negatives, self.limits.max())
             self._mined = [self._mine(pool, own) for own in sets]
 
     def step(self, step: int, active: Bool[np.ndarray, "E"]) -> Iterator[tuple[Int[Array, ""], QueryBatch | PairBatch]]:
@@ -86,7 +75,7 @@ class Batches:
         make = self._query_batch if self._document_ids is None else self._pair_batch
         for expert in np.flatnonzero(active).tolist():
             batch = make(*self._turn(step)) if self._shared else make(step, expert)
-            yield replicate(self.mesh, jnp.int32(expert)), shard_rows(self.mesh, batch)
+            yield replicate(self.mesh, jnp.int32(expert)), batch
 
     def _turn(self, step: int) -> tuple[int, int]:
         """(round, domain) of a step of the shared delta."""
@@ -97,15 +86,15 @@ class Batches:
     def _query_batch(self, step: int, expert: int) -> QueryBatch:
         batch = self._plan.batch(step, expert)
         spare = batch.size - len(batch.rows)
-        return QueryBatch(
+        rows = QueryBatch(
             queries=TextBatch(*pad(self._sets[expert].queries, batch)),
             weights=np.pad(np.full(len(batch.rows), 1 / self._config.batch_size, np.float32), (0, spare)),
             positives=np.pad(self._positives[expert][batch.rows], ((0, spare), (0, 0)), constant_values=-1),
         )
+        return shard_rows(self.mesh, rows)
 
     def _pair_batch(self, step: int, expert: int) -> PairBatch:
-        own, batch = self._sets[expert], self._plan.batch(step, expert)
-        queries = batch.rows
+        own, queries = self._sets[expert], self._plan.batch(step, expert).rows
         random = np.random.default_rng(
             int.from_bytes(hashlib.sha256(f"{self._config.seed}/{own.name}/{step}/pairs".encode()).digest()[:8])
         )
@@ -113,12 +102,18 @@ class Batches:
         mined = self._mined[expert]
         picks = random.integers(mined.shape[1], size=(len(queries), self._config.hard_negatives))
         columns = np.concatenate([chosen, np.take_along_axis(mined[queries], picks, axis=1).ravel()])
-        return PairBatch(
-            queries=TextBatch(*pad(own.queries, batch)),
-            documents=_text_batch([self._document_ids[row] for row in columns], self._document_edges),
-            weights=np.full(len(queries), 1 / self._config.batch_size, np.float32),
-            positives=np.stack([np.isin(columns, own.positives[q]) for q in queries]),
-        )
+        ids = [*(own.queries[q] for q in queries), *(self._document_ids[row] for row in columns)]
+        counts = np.array([len(each) for each in ids])
+        chunks = length_batches(counts, self._edges, TOKENS_PER_CHUNK, self.mesh.size)
+        of_rows = {
+            "weights": np.full(len(queries), 1 / self._config.batch_size, np.float32),
+            "positives": np.stack([np.isin(columns, own.positives[q]) for q in queries]),
+        }
+        return PairBatch(tuple(self._chunk(ids, chunk) for chunk in chunks), **replicate(self.mesh, of_rows))
+
+    def _chunk(self, ids: Ids, batch: Batch) -> Chunk:
+        places = np.pad(batch.rows, (0, batch.size - len(batch.rows)), constant_values=len(ids)).astype(np.int32)
+        return Chunk(shard_rows(self.mesh, TextBatch(*pad(ids, batch))), replicate(self.mesh, places))
 
     def _mine(self, pool: Float[np.ndarray, "N D"], own: TrainingSet) -> Int[np.ndarray, "Q 16"]:
         """Hard negatives of each train query, out of its own domain, as pool rows."""
@@ -128,6 +123,8 @@ class Batches:
         return first + mine_hard_negatives(own.query_vectors, pool[first : first + count], positives, depth)
 
 
+TOKENS_PER_CHUNK = 1024
+"""Padded tokens that a device encodes at a time with both towers."""
 _MINED = 16
 """Depth of the mined list that hard negatives are drawn from."""
 
@@ -145,6 +142,12 @@ def _padded(positives: list[np.ndarray], width: int) -> Int[np.ndarray, "Q P"]:
     return out
 
 
-def _text_batch(ids: Ids, edges: Sequence[int]) -> TextBatch:
-    edge = edges[int(np.searchsorted(edges, max(len(own) for own in ids)))]
-    return TextBatch(*pad(ids, Batch(np.arange(len(ids)), edge, len(ids))))
+def _pair_edges(sets: Sequence[TrainingSet], document_ids: Ids, documents: int, steps: int) -> tuple[int, ...]:
+    """Edges for queries, each with so many documents; a domain counts as much as another."""
+    lengths, weights = [], []
+    for own in sets:
+        counts = [len(ids) for ids in own.queries], [len(document_ids[row]) for row in own.documents]
+        for each, share in zip(counts, (1, documents), strict=True):
+            lengths.append(np.array(each))
+            weights.append(np.full(len(each), share / len(each)))
+    return bucket_edges(np.concatenate(lengths), training_buckets(steps), np.concatenate(weights))

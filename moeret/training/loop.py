@@ -137,7 +137,7 @@ def fit(
                 started, active = time.monotonic(), progress.active.copy()
                 totals = zero_totals(state.bank)
                 for expert, batch in batches.step(step, active):
-                    totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
+                    totals = add_batch(batches.static, batches.frozen, state.bank, totals, expert, batch)
                 rates = np.where(active, learning_rates(config, limits, step), np.float32(0))
                 state = update(optimizer, state, totals.gradients, replicate(batches.mesh, rates))
                 losses = np.asarray(totals.losses)

@@ -26,6 +26,15 @@ MAX_NORM = 1.0
 """Of an expert's gradient, over all its matrices."""
 
 
+class Static(NamedTuple):
+    """What a step's programs are compiled for, beside shapes."""
+
+    encoder: EncoderConfig
+    layers: int  # of the trunk
+    temperature: float
+    mini_batch_size: int
+
+
 class TextBatch(NamedTuple):
     """Padded token ids and their lengths."""
 
@@ -41,13 +50,19 @@ class QueryBatch(NamedTuple):
     positives: Int[Array, "B P"]  # rows of the document pool, -1 where there is none
 
 
-class PairBatch(NamedTuple):
-    """Rows for training both towers: documents of row b stand at b, then its hard negatives at B + b * H .. ."""
+class Chunk(NamedTuple):
+    """Texts of alike lengths, and which of their batch's vectors they are; spare texts are none of them."""
 
-    queries: TextBatch
-    documents: TextBatch
+    texts: TextBatch
+    places: Int[Array, "S"]
+
+
+class PairBatch(NamedTuple):
+    """Rows for training both towers. Of its vectors the first B are the queries', then come M documents'."""
+
+    chunks: tuple[Chunk, ...]
     weights: Float[Array, "B"]
-    positives: Bool[Array, "B M"]  # which columns are relevant to which row
+    positives: Bool[Array, "B M"]  # which documents are relevant to which query
 
 
 class Frozen(NamedTuple):
@@ -98,11 +113,16 @@ def _zeros(sharding: jax.sharding.Sharding) -> Callable[[Bank], Totals]:
     return jax.jit(zeros, out_shardings=sharding)
 
 
-def _embed(encoder: EncoderConfig, layers: int, params, expert: Bank, texts: TextBatch) -> Float[Array, "B D"]:
-    """Unit embeddings by one expert; no gradient flows into the trunk, which no expert changes."""
-    module = with_params(encoder, params)
-    hidden = jax.lax.stop_gradient(module.trunk(texts.ids, texts.lengths, layers))
-    return unit(module.branch(hidden, texts.lengths, layers, expert))
+def _trunk(static: Static, params: Any, texts: TextBatch) -> Float[Array, "B L D"]:
+    """What no expert changes, and no gradient flows into."""
+    return jax.lax.stop_gradient(with_params(static.encoder, params).trunk(texts.ids, texts.lengths, static.layers))
+
+
+def _branch(
+    static: Static, params: Any, expert: Bank, lengths: Int[Array, "B"], hidden: Float[Array, "B L D"]
+) -> Float[Array, "B D"]:
+    """Unit embeddings by one expert."""
+    return unit(with_params(static.encoder, params).branch(hidden, lengths, static.layers, expert))
 
 
 def in_parts(function: Callable[[Any], Array], rows: Any, size: int) -> Array:
@@ -120,42 +140,111 @@ def in_parts(function: Callable[[Any], Array], rows: Any, size: int) -> Array:
     return done.swapaxes(0, 1).reshape(count, *done.shape[2:])
 
 
-@jax.jit(static_argnames=("encoder", "layers", "temperature", "mini_batch_size"), donate_argnames=("totals",))
 def add_batch(
-    encoder: EncoderConfig,
-    layers: int,
-    temperature: float,
-    mini_batch_size: int,
+    static: Static,
     frozen: Frozen,
     bank: Bank,
     totals: Totals,
     expert: Int[Array, ""],
     batch: QueryBatch | PairBatch,
 ) -> Totals:
-    """Adds a batch's gradients and loss, all of one expert, to the totals."""
+    """Adds a batch's gradients and loss, all of one expert, to the totals, whose arrays it takes."""
+    if isinstance(batch, QueryBatch):
+        return add_queries(static, frozen, bank, totals, expert, batch)
+    kept, pulls = len(batch.weights) <= static.mini_batch_size, []
+    shape = (sum(batch.positives.shape), static.encoder.width)
+    vectors = jnp.zeros(shape, jnp.float32, device=batch.weights.sharding)
+    for chunk in batch.chunks:
+        vectors, pull = _encode(static, kept, frozen.params, bank, expert, chunk, vectors)
+        pulls.append(pull)
+    value, gradients = _pair_loss(static, vectors, batch.weights, batch.positives)
+    for chunk, pull in zip(batch.chunks, pulls, strict=True):
+        totals = _pull_back(static, frozen.params, bank, totals, expert, chunk, pull, gradients)
+    return totals._replace(losses=totals.losses.at[expert].add(value))
+
+
+@jax.jit(static_argnames=("static",), donate_argnames=("totals",))
+def add_queries(
+    static: Static, frozen: Frozen, bank: Bank, totals: Totals, expert: Int[Array, ""], batch: QueryBatch
+) -> Totals:
+    """The same where documents are constant: one program."""
 
     def loss(own: Bank) -> Float[Array, ""]:
         def embed(texts: TextBatch) -> Float[Array, "B D"]:
-            return in_parts(lambda part: _embed(encoder, layers, frozen.params, own, part), texts, mini_batch_size)
+            return _branch(static, frozen.params, own, texts.lengths, _trunk(static, frozen.params, texts))
 
-        queries = embed(batch.queries)
-        if isinstance(batch, QueryBatch):
+        def of_rows(part: tuple[Array, Array]) -> Float[Array, "B"]:
+            return pooled_decoupled_softmax(part[0], frozen.pool, part[1], static.temperature)
 
-            def of_rows(part: tuple[Array, Array]) -> Float[Array, "B"]:
-                return pooled_decoupled_softmax(part[0], frozen.pool, part[1], temperature)
-        else:
-            documents = embed(batch.documents)
+        queries = in_parts(embed, batch.queries, static.mini_batch_size)
+        return (in_parts(of_rows, (queries, batch.positives), static.mini_batch_size) * batch.weights).sum()
 
-            def of_rows(part: tuple[Array, Array]) -> Float[Array, "B"]:
-                return decoupled_softmax(part[0] @ documents.T / temperature, part[1])
+    value, gradients = jax.value_and_grad(loss)(_take(bank, expert))
+    return Totals(_add(totals.gradients, expert, gradients), totals.losses.at[expert].add(value))
 
-        return (in_parts(of_rows, (queries, batch.positives), mini_batch_size) * batch.weights).sum()
 
-    value, gradients = jax.value_and_grad(loss)(jax.tree.map(lambda leaf: leaf[expert], bank))
-    return Totals(
-        jax.tree.map(lambda total, own: total.at[expert].add(own), totals.gradients, gradients),
-        totals.losses.at[expert].add(value),
-    )
+@jax.jit(static_argnames=("static", "kept"), donate_argnames=("vectors",))
+def _encode(
+    static: Static,
+    kept: bool,
+    params: Any,
+    bank: Bank,
+    expert: Int[Array, ""],
+    chunk: Chunk,
+    vectors: Float[Array, "B+M D"],
+) -> tuple[Float[Array, "B+M D"], Any]:
+    """Puts a chunk's vectors in their places; if `kept`, also what pulls their gradient back."""
+    embed = _embed_chunk(static, params, chunk)
+    out, pull = jax.vjp(embed, _take(bank, expert)) if kept else (embed(_take(bank, expert)), None)
+    return vectors.at[chunk.places].set(out, mode="drop"), pull
+
+
+@jax.jit(static_argnames=("static",), donate_argnames=("totals",))
+def _pull_back(
+    static: Static,
+    params: Any,
+    bank: Bank,
+    totals: Totals,
+    expert: Int[Array, ""],
+    chunk: Chunk,
+    pull: Any,
+    gradients: Float[Array, "B+M D"],
+) -> Totals:
+    """Adds the expert's gradient by a chunk's vectors; without `pull` the chunk is encoded again (GradCache)."""
+    if pull is None:
+        pull = jax.vjp(_embed_chunk(static, params, chunk), _take(bank, expert))[1]
+    (own,) = pull(gradients.at[chunk.places].get(mode="fill", fill_value=0.0))
+    return totals._replace(gradients=_add(totals.gradients, expert, own))
+
+
+@jax.jit(static_argnames=("static",))
+def _pair_loss(
+    static: Static, vectors: Float[Array, "B+M D"], weights: Float[Array, "B"], positives: Bool[Array, "B M"]
+) -> tuple[Float[Array, ""], Float[Array, "B+M D"]]:
+    """The loss and its gradient by every vector."""
+
+    def loss(vectors: Array) -> Array:
+        queries, documents = vectors[: len(weights)], vectors[len(weights) :]
+
+        def of_rows(part: tuple[Array, Array]) -> Float[Array, "B"]:
+            return decoupled_softmax(part[0] @ documents.T / static.temperature, part[1])
+
+        return (in_parts(of_rows, (queries, positives), static.mini_batch_size) * weights).sum()
+
+    return jax.value_and_grad(loss)(vectors)
+
+
+def _embed_chunk(static: Static, params: Any, chunk: Chunk) -> Callable[[Bank], Float[Array, "S D"]]:
+    hidden = _trunk(static, params, chunk.texts)
+    return lambda own: _branch(static, params, own, chunk.texts.lengths, hidden)
+
+
+def _take(bank: Bank, expert: Int[Array, ""]) -> Bank:
+    return jax.tree.map(lambda leaf: leaf[expert], bank)
+
+
+def _add(totals: Bank, expert: Int[Array, ""], gradients: Bank) -> Bank:
+    return jax.tree.map(lambda total, own: total.at[expert].add(own), totals, gradients)
 
 
 @jax.jit(static_argnames=("optimizer",), donate_argnames=("state",))

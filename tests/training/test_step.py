@@ -6,15 +6,23 @@ import jax
 import numpy as np
 import pytest
 
-from moeret.errors import ConfigError
+from moeret.data.buckets import Batch
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.pretrained import load_base
+from moeret.training import batches as training_batches
+from moeret.training import step
 from moeret.training.batches import Batches
 from moeret.training.mesh import data_mesh, replicate
 from moeret.training.prepare import prepare, read_domains
 from moeret.training.step import TrainState, add_batch, learning_rates, make_optimizer, update, zero_totals
 from moeret.training.towers import BothTowers
+
+
+@pytest.fixture(scope="module")
+def train_config(train_config):
+    """So few steps that few shapes pay."""
+    return dataclasses.replace(train_config, steps=64)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +49,11 @@ def run_steps(prepared, config, names, devices, steps=3):
     optimizer = make_optimizer(config)
     state = replicate(mesh, TrainState(bank, optimizer.init(bank)))
     active = np.ones(len(sets), bool)
-    for step in range(steps):
-        totals = replicate(mesh, zero_totals(state.bank))
-        for expert, batch in batches.step(step, active):
-            totals = add_batch(*batches.static, batches.frozen, state.bank, totals, expert, batch)
-        rates = learning_rates(config, batches.limits, step)
+    for number in range(steps):
+        totals = zero_totals(state.bank)
+        for expert, batch in batches.step(number, active):
+            totals = add_batch(batches.static, batches.frozen, state.bank, totals, expert, batch)
+        rates = learning_rates(config, batches.limits, number)
         state = update(optimizer, state, totals.gradients, jax.numpy.asarray(rates))
     return np.asarray(totals.losses), jax.device_get(state.bank)
 
@@ -61,7 +69,7 @@ def test_a_sharded_step_equals_the_one_device_step(prepared, train_config, tower
 
 
 def totals_of(prepared, config, devices=1):
-    """(totals of a first step of one moved expert, temporary bytes of its program)."""
+    """Totals of a first step of one moved expert, and what they are made from."""
     embedder, data = prepared
     base = embedder.base_encoder
     bank = experts.init_bank(base.config, config.expert, [jax.random.key(0)])
@@ -71,21 +79,59 @@ def totals_of(prepared, config, devices=1):
     mesh = data_mesh(jax.devices()[:devices])
     batches = Batches(base.config, layers, base.params, data.pool, ids, data.sets[:1], config, mesh)
     ((expert, batch),) = batches.step(0, np.ones(1, bool))
-    arguments = (*batches.static, batches.frozen, *replicate(mesh, (bank, zero_totals(bank))), expert, batch)
-    memory = add_batch.lower(*arguments).compile().memory_analysis()
-    return jax.device_get(add_batch(*arguments)), memory.temp_size_in_bytes
+    bank = replicate(mesh, bank)
+    arguments = (batches.static, batches.frozen, bank, zero_totals(bank), expert, batch)
+    return jax.device_get(add_batch(*arguments)), (*arguments[:3], zero_totals(bank), *arguments[4:])
+
+
+def assert_same_totals(one, other):
+    np.testing.assert_allclose(one.losses, other.losses, rtol=1e-5)
+    longest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(other.gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * longest), one.gradients, other.gradients)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("tower", ["query", "both"])
-def test_a_batch_in_parts_has_the_gradient_of_the_whole_in_less_memory(prepared, train_config, tower, devices):
-    config = dataclasses.replace(train_config, tower=tower, batch_size=256, hard_negatives=2)
-    whole, much = totals_of(prepared, config, devices)
-    parts, little = totals_of(prepared, dataclasses.replace(config, mini_batch_size=8), devices)
-    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
-    longest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole.gradients))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * longest), parts.gradients, whole.gradients)
+def test_queries_in_parts_have_the_gradient_of_the_whole_in_less_memory(prepared, train_config, devices):
+    config = dataclasses.replace(train_config, batch_size=256)
+    whole, whole_arguments = totals_of(prepared, config, devices)
+    parts, parts_arguments = totals_of(prepared, dataclasses.replace(config, mini_batch_size=8), devices)
+    assert_same_totals(parts, whole)
+    much, little = (
+        step.add_queries.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        for arguments in (whole_arguments, parts_arguments)
+    )
     assert little < much / 4
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_pairs_encoded_twice_have_the_gradient_of_the_whole_and_keep_nothing(
+    prepared, train_config, devices, monkeypatch
+):
+    pull_back, kept = step._pull_back, []
+
+    def watched(*arguments):
+        kept.append(sum(leaf.nbytes for leaf in jax.tree.leaves(arguments[6])))
+        return pull_back(*arguments)
+
+    monkeypatch.setattr(step, "_pull_back", watched)
+    monkeypatch.setattr(training_batches, "TOKENS_PER_CHUNK", 256)
+    config = dataclasses.replace(train_config, tower="both", batch_size=64, hard_negatives=2)
+    whole, _ = totals_of(prepared, config, devices)
+    assert len(kept) > 3 and min(kept) > 0
+    kept.clear()
+    twice, _ = totals_of(prepared, dataclasses.replace(config, mini_batch_size=8), devices)
+    assert len(kept) > 3 and max(kept) == 0
+    assert_same_totals(twice, whole)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_pairs_of_alike_lengths_have_the_gradient_of_one_padded_batch(prepared, train_config, devices, monkeypatch):
+    config = dataclasses.replace(train_config, tower="both", batch_size=16, hard_negatives=2)
+    chunks, _ = totals_of(prepared, config, devices)
+    everything = lambda counts, edges, *_: [Batch(np.arange(len(counts)), edges[-1], len(counts))]  # noqa: E731
+    monkeypatch.setattr(training_batches, "length_batches", everything)
+    one, _ = totals_of(prepared, config, devices)
+    assert_same_totals(chunks, one)
 
 
 @pytest.mark.parametrize("tower", ["query", "both"])
@@ -138,7 +184,7 @@ def test_bfloat16_products_give_the_gradient_of_float32_but_for_rounding(prepare
         )
         totals = zero_totals(bank)
         for expert, batch in batches.step(0, np.ones(3, bool)):
-            totals = add_batch(*batches.static, batches.frozen, bank, totals, expert, batch)
+            totals = add_batch(batches.static, batches.frozen, bank, totals, expert, batch)
         assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(totals))
         found[precision] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(totals.gradients)])
     exact, rounded = found["float32"], found["bfloat16"]
@@ -163,7 +209,7 @@ def test_a_long_gradient_counts_as_a_short_one_of_its_direction(prepared, train_
     np.testing.assert_allclose(length, 0.1 * min(size * norm, 1.0), rtol=1e-4)  # Adam's first moment, after one step
 
 
-def test_a_batch_that_devices_cannot_share_is_refused(prepared, train_config):
-    config = dataclasses.replace(train_config, tower="both", batch_size=6)
-    with pytest.raises(ConfigError, match="batch_size 6 cannot be split over 4 devices"):
-        run_steps(prepared, config, ("fruit",), devices=4)
+@pytest.mark.parametrize("tower", ["query", "both"])
+def test_devices_that_do_not_divide_a_batch_share_it_all_the_same(prepared, train_config, tower):
+    config = dataclasses.replace(train_config, tower=tower, batch_size=6)
+    assert_same_totals(totals_of(prepared, config, 4)[0], totals_of(prepared, config, 1)[0])
