@@ -13,14 +13,14 @@ from jaxtyping import Float, Int
 TOKENS_PER_BATCH = 512
 """Padded tokens in a batch: small enough for its temporaries to stay in a CPU's cache."""
 
-_FEW = (8, 16, 32, 64, 128, 256, 512)
+_FEW = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MANY = (8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 MANY_TOKENS = 2**17
-"""What pays for compiling three times as many shapes, which halve the padding; they are compiled once on a machine."""
+"""What pays for compiling twice as many shapes, which halve the padding; they are compiled once on a machine."""
 
 
 def standard_edges(max_length: int, tokens: int) -> tuple[int, ...]:
-    """Edges for texts of so many tokens in all, of at most `max_length` each: in steps of a sixth or a quarter, of twice if few.
+    """Edges for texts of so many tokens in all, of at most `max_length` each: in steps of a fifth or so, of a half if few.
 
     They are the same for all texts, so that a corpus needs no programs of its own.
     """

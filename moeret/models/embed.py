@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from moeret import artifact
 from moeret.data.buckets import length_batches, pad, power_of_four, standard_edges
 from moeret.errors import ArtifactError
-from moeret.models.encoder import EncoderConfig, cast_kernels, token_moments, with_params
+from moeret.models.encoder import EncoderConfig, cast_kernels, matrix_shapes, token_moments, with_params
 from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
@@ -25,7 +26,11 @@ from moeret.progress import Advance
 _CHUNK = 2048
 """Texts tokenised, embedded and cached at a time."""
 _MANY = 64
-"""Texts that are worth adding an expert's delta to the matrices."""
+"""Texts of one expert that need no regrouping."""
+_TOKENS_HELD = 2**16
+"""Padded tokens whose hidden states wait for their experts at most."""
+_FOLDED_BYTES = 2**30
+"""What the matrices of experts may take that are kept with their deltas added."""
 
 
 @jax.jit(static_argnames=("encoder", "layers"))
@@ -86,12 +91,13 @@ class Embedder:
         other = copy.copy(self)
         other._precision = jnp.dtype(precision)
         other._params = cast_kernels(self.base_encoder.params, other._precision)
+        other._kept = {}
         return other
 
     def alone(self, expert: int) -> "Embedder":
         """One expert, merged with its part of the shared delta, as a base of its own.
 
-        For many texts: its delta is added to the matrices once, and what runs are the base's own programs.
+        Its delta is added to the matrices once, and what runs are the base's own programs.
         """
         params = fold(self.base_encoder.params, take(self.bank, expert))
         if self._shared is not None:
@@ -104,6 +110,18 @@ class Embedder:
         self.bank, self.trunk_layers = jax.device_put(bank), trunk_layers(bank, self.base_encoder.config)
         self._shared = None if shared is None else jax.device_put(shared.delta)
         self._strengths = None if shared is None else shared.strengths
+        self._kept: dict[int, Embedder] = {}
+
+    def _folded(self, expert: int) -> "Embedder":
+        """`alone`, kept for the next time where there is room."""
+        found = self._kept.get(expert)
+        if found is None:
+            shapes = matrix_shapes(self.base_encoder.config)
+            size = 4 * sum(math.prod(shapes[name]) for matrices in self.bank.values() for name in matrices)
+            while self._kept and (len(self._kept) + 1) * size > _FOLDED_BYTES:
+                self._kept.pop(next(iter(self._kept)), None)
+            found = self._kept[expert] = self.alone(expert)
+        return found
 
     def base(
         self, texts: Sequence[str], *, normalize: bool = True, advance: Advance | None = None
@@ -143,12 +161,13 @@ class Embedder:
         normalize: bool = True,
         advance: Advance | None = None,
     ) -> Float[np.ndarray, "N D"]:
-        """Embeddings of each text by its own weighted experts, whatever the mix in one program."""
+        """Embeddings of each text by its own weighted experts."""
         if len(texts) >= _MANY and weights.shape[1] == 1 and (weights == 1).all() and (experts == experts[0]).all():
-            return self.alone(int(experts[0, 0])).base(texts, normalize=normalize, advance=advance)
+            return self._folded(int(experts[0, 0])).base(texts, normalize=normalize, advance=advance)
         out = np.empty((len(texts), self.width), np.float32)
-        for rows, x, _, lengths in self.hidden(texts):
-            out[rows] = self._run_branch(x, lengths, experts[rows], weights[rows])[: len(rows)]
+        for held in _together(self.hidden(texts)):
+            rows = np.concatenate([own.rows for own in held])
+            out[rows] = self._branches(held, experts[rows], weights[rows])
             if advance:
                 advance(len(rows))
         return _unit_rows(out) if normalize else out
@@ -177,9 +196,11 @@ class Embedder:
         """(what the router chose, embeddings by the merged experts); the trunk is read once for both."""
         merged = np.empty((len(texts), self.width), np.float32)
         order, choices = [np.empty(0, np.int64)], [router.choose(np.empty((0, len(router.weights)), np.float32))]
-        for rows, x, moments, lengths in self.hidden(texts):
-            choice = router.choose(self._reading(router.reads, x, moments, lengths)[: len(rows)])
-            merged[rows] = self._run_branch(x, lengths, choice.experts, choice.weights)[: len(rows)]
+        for held in _together(self.hidden(texts)):
+            rows = np.concatenate([own.rows for own in held])
+            readings = [self._reading(router.reads, *own[1:])[: len(own.rows)] for own in held]
+            choice = router.choose(np.concatenate(readings))
+            merged[rows] = self._branches(held, choice.experts, choice.weights)
             order.append(rows)
             choices.append(choice)
             if advance:
@@ -194,9 +215,42 @@ class Embedder:
     def _run_base(self, x: Array, lengths: Array) -> np.ndarray:
         return np.asarray(_plain_branch(self.base_encoder.config, self.trunk_layers, self._params, x, lengths))
 
+    def _branches(
+        self, held: Sequence[Hidden], experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]
+    ) -> Float[np.ndarray, "B D"]:
+        """Embeddings of batches of texts, one after another, by their weighted experts.
+
+        A text of one expert needs no more products than the base's do if it is read with others of that expert; the rest are
+        mixed in one program.
+        """
+        by = _only_experts(experts, weights)
+        if len(held) == 1 and len(by) == 1:
+            (_, x, _, lengths), [expert] = held[0], by
+            return self._run(expert, x, lengths, experts, weights)
+        counts = np.concatenate([np.asarray(own.lengths)[: len(own.rows)] for own in held])
+        states = [own for batch in held for own in np.asarray(batch.x)[: len(batch.rows)]]
+        edges = sorted({own.x.shape[1] for own in held})
+        out = np.empty((len(counts), self.width), np.float32)
+        for expert, rows in by.items():
+            for batch in length_batches(counts[rows], edges):
+                own = rows[batch.rows]
+                x = np.zeros((batch.size, batch.edge, self.width), np.float32)
+                for place, row in enumerate(own):
+                    x[place, : counts[row]] = states[row][: counts[row]]
+                lengths = np.pad(counts[own], (0, batch.size - len(own)), constant_values=1)
+                out[own] = self._run(expert, x, lengths, experts[own], weights[own])
+        return out
+
+    def _run(
+        self, expert: int, x: Array, lengths: Array, experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]
+    ) -> Float[np.ndarray, "B D"]:
+        """Embeddings by one expert, or by each row's own mix."""
+        if expert == _MIXED:
+            return self._run_branch(x, lengths, experts, weights)[: len(experts)]
+        encoder = self._folded(expert) if expert else self
+        return encoder._run_base(x, lengths)[: len(experts)]
+
     def _run_branch(self, x: Array, lengths: Array, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        if not weights.any():
-            return self._run_base(x, lengths)
         used = np.unique(experts[weights != 0])
         width = max(4, power_of_four(len(used)))
         own, shared = np.zeros((x.shape[0], width), np.float32), np.zeros(x.shape[0], np.float32)
@@ -210,6 +264,33 @@ class Embedder:
                 self.base_encoder.config, self.trunk_layers, self._params, self.bank, self._shared, x, lengths, mixture
             )
         )
+
+
+_MIXED = -1
+
+
+def _only_experts(
+    experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]
+) -> dict[int, Int[np.ndarray, "_"]]:
+    """The rows that use just one expert, wholly, by that expert (0 also for none), and the others as _MIXED."""
+    first = np.argmax(weights, axis=1)
+    best = np.take_along_axis(weights, first[:, None], axis=1)[:, 0]
+    one = (weights != 0).sum(axis=1) == 1
+    only = np.take_along_axis(experts, first[:, None], axis=1)[:, 0]
+    only = np.where(one & (best == 1), only, np.where(weights.any(axis=1), _MIXED, 0))
+    return {expert: np.flatnonzero(only == expert) for expert in np.unique(only).tolist()}
+
+
+def _together(batches: Iterable[Hidden]) -> Iterator[list[Hidden]]:
+    """Batches in groups whose hidden states may be held at once."""
+    held: list[Hidden] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(own.x.shape[0] * own.x.shape[1] for own in held) >= _TOKENS_HELD:
+            yield held
+            held = []
+    if held:
+        yield held
 
 
 def _unit_rows(vectors: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ class Segment:
 
     offsets: Int[np.ndarray, "V+1"]
     rows: Int[np.ndarray, "N"]
-    vectors: Float[np.ndarray, "V D"] | None
+    vectors: Float[np.ndarray, "V D"]
     graph: hnswlib.Index | None
     _vector_of: Int[np.ndarray, "_"] = field(init=False)  # the number of each row's vector, counted from the least row
 
@@ -65,19 +65,12 @@ class Segment:
         try:
             found, distances = self.graph.knn_query(queries, k=k)
         except RuntimeError:  # "Cannot return the results": the graph reaches fewer than k vectors from here
-            return exact_search(queries, self.all_vectors(), k)
+            return exact_search(queries, self.vectors, k)
         return found.astype(np.int64), 1.0 - distances
 
     def vectors_of(self, rows: Int[np.ndarray, "K"]) -> Float[np.ndarray, "K D"]:
         """The vectors of documents that it has."""
-        numbers = self._vector_of[rows - self.rows.min()]
-        return self.vectors[numbers] if self.graph is None else np.asarray(self.graph.get_items(numbers), np.float32)
-
-    def all_vectors(self) -> Float[np.ndarray, "V D"]:
-        """Every distinct vector, exactly as it was added."""
-        if self.vectors is not None:
-            return self.vectors
-        return np.asarray(self.graph.get_items(np.arange(len(self.offsets) - 1)), np.float32)
+        return self.vectors[self._vector_of[rows - self.rows.min()]]
 
 
 def exact_search(
@@ -116,12 +109,12 @@ def build_segment(
     if len(distinct) < config.exact_below:
         advance(len(distinct))
         return Segment(offsets, grouped, distinct, None)
-    return Segment(offsets, grouped, None, _build(distinct, config, advance))
+    return Segment(offsets, grouped, distinct, _build(distinct, config, advance))
 
 
 def write_segment(draft: Draft, name: str, segment: Segment) -> dict[str, Any]:
     """Adds a segment's files to a draft, under this name, and returns its entry for the manifest."""
-    distinct = segment.all_vectors()
+    distinct = segment.vectors
     tensors = {"offsets": segment.offsets, "rows": segment.rows}
     entry: dict[str, Any] = {"vectors": len(distinct), "documents": len(segment.rows), "width": distinct.shape[1]}
     if segment.graph is None:
@@ -140,8 +133,10 @@ def read_segment(artifact: Artifact, entry: dict[str, Any], config: IndexConfig)
       ArtifactError: the graph is not the one that its entry describes.
     """
     tensors = load_file(artifact.path(entry["table"]))
-    graph = _load(artifact.path(entry["graph"]), entry, config) if "graph" in entry else None
-    return Segment(tensors["offsets"], tensors["rows"], tensors.get("vectors"), graph)
+    if "graph" not in entry:
+        return Segment(tensors["offsets"], tensors["rows"], tensors["vectors"], None)
+    graph, vectors = _load(artifact.path(entry["graph"]), entry, config)
+    return Segment(tensors["offsets"], tensors["rows"], vectors, graph)
 
 
 def _group_equal(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -186,7 +181,8 @@ def _save(graph: hnswlib.Index, path: Path) -> None:
         raise OSError(errno.ENOSPC, f"only {written} of {whole} bytes could be written", str(path))
 
 
-def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> hnswlib.Index:
+def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> tuple[hnswlib.Index, Float[np.ndarray, "V D"]]:
+    """The graph, and its vectors as they lie in its file: hnswlib itself gives them out as Python lists."""
     with path.open("rb") as file:
         raw = file.read(_HEADER.size)
     links = 2 * config.M * 4 + 4
@@ -210,4 +206,9 @@ def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> hnswlib.Ind
     except RuntimeError as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}; build the index anew") from None
     graph.set_ef(config.ef)
-    return graph
+    raw, strides = np.memmap(path, np.uint8, "r"), (per_element,)
+    labels = np.ndarray((count,), "<u8", raw, _HEADER.size + per_element - 8, strides)
+    if not np.array_equal(labels, np.arange(count)):  # vectors are told by their places
+        raise ArtifactError(f"{path} has its vectors in another order than its manifest; build the index anew")
+    vectors = np.ndarray((count, entry["width"]), "<f4", raw, _HEADER.size + links, (*strides, 4))
+    return graph, vectors

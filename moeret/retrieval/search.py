@@ -238,7 +238,7 @@ class Retriever:
         """Every document's vector, by row."""
         out = np.empty((sum(self.sizes.values()), self.model.embedder.width), np.float32)
         for segment in (index.segment for index in self._indexes.values()):
-            out[segment.rows] = np.repeat(segment.all_vectors(), np.diff(segment.offsets), axis=0)
+            out[segment.rows] = np.repeat(segment.vectors, np.diff(segment.offsets), axis=0)
         return out
 
     def _plan(self, texts: list[str], route: str, experts: int | None) -> "_Plan":

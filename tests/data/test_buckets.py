@@ -59,7 +59,7 @@ def test_enough_buckets_pad_nothing():
 @given(most=st.integers(1, 2000))
 def test_standard_edges_rise_gently_up_to_the_longest(most):
     few, many = standard_edges(most, MANY_TOKENS - 1), standard_edges(most, MANY_TOKENS)
-    for edges, step in ((few, 2), (many, 1.25)):
+    for edges, step in ((few, 1.5), (many, 1.25)):
         assert list(edges) == sorted({*edges})
         assert edges[-1] == most
         assert all(after <= step * before for before, after in pairwise(edges) if after <= 512)

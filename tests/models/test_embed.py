@@ -58,6 +58,23 @@ def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch)
         np.testing.assert_allclose(alone[0], mixed[n], **close)
 
 
+@pytest.mark.parametrize("room", ["all", "none"])
+def test_texts_of_one_expert_are_read_together_and_get_its_vectors(embedder, routes, monkeypatch, room):
+    if room == "none":
+        monkeypatch.setattr(embed, "_TOKENS_HELD", 1)
+        monkeypatch.setattr(embed, "_FOLDED_BYTES", 1)
+        embedder = embedder.with_bank(embedder.bank)  # which keeps nothing yet
+    chosen, weights = (own.copy() for own in routes)
+    weights[::3] = [1.0, 0.0]  # every third text uses one expert, among such as mix two or none
+    weights[1::6] = [0.0, 1.0]
+    found = embedder.mixed(TEXTS, chosen, weights)
+    for place, slot in ((range(0, len(TEXTS), 3), 0), (range(1, len(TEXTS), 6), 1)):
+        for row in place:
+            alone = embedder.alone(int(chosen[row, slot])).base([TEXTS[row]])
+            np.testing.assert_allclose(found[row], alone[0], **close)
+    assert len(embedder._kept) == (2 if room == "all" else 1)
+
+
 @pytest.mark.parametrize("reads", ["trunk", "base"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_routed_is_readings_and_mixed_in_one_pass(embedder, normalize, reads):

@@ -153,7 +153,7 @@ def test_a_loaded_segment_searches_as_the_built_one_did(tmp_path, config):
     ):
         np.testing.assert_array_equal(rows, same_rows)
         np.testing.assert_array_equal(scores, same_scores)
-    np.testing.assert_array_equal(loaded.all_vectors(), vectors[:400])
+    np.testing.assert_array_equal(loaded.vectors, vectors[:400])
 
 
 def test_ef_is_effective_after_a_load(tmp_path):
@@ -209,6 +209,16 @@ def test_a_graph_with_more_behind_its_end_is_refused(tmp_path):
         load(with_graph(published, graph_bytes(published) + b"\0" * 8))
 
 
+def test_a_graph_of_other_labels_is_refused_though_its_digest_is_right(tmp_path):
+    published = publish(tmp_path, vectors_of(300))
+    raw = bytearray(graph_bytes(published))
+    (size,), (label,) = struct.unpack_from("<Q", raw, 24), struct.unpack_from("<Q", raw, 32)
+    first, second = HEADER + label, HEADER + size + label
+    raw[first : first + 8], raw[second : second + 8] = raw[second : second + 8], raw[first : first + 8]
+    with pytest.raises(ArtifactError, match="in another order"):
+        load(with_graph(published, bytes(raw)))
+
+
 @pytest.mark.parametrize(
     ("offset", "code", "value"),
     [
@@ -248,20 +258,14 @@ def test_a_full_disk_is_noticed_though_hnswlib_does_not(tmp_path):
 class Unreachable:
     """A graph in which some vectors cannot be reached, as duplicates and deletions make them."""
 
-    def __init__(self, vectors: np.ndarray):
-        self.vectors = vectors
-
     def knn_query(self, queries, k):
         raise RuntimeError("Cannot return the results in a contiguous 2D array. Probably ef or M is too small")
-
-    def get_items(self, labels):
-        return self.vectors[labels]
 
 
 def test_a_graph_that_cannot_reach_k_vectors_falls_back_to_exact_search():
     vectors, queries = np.concatenate([vectors_of(200)] * 2), vectors_of(6, seed=9)
     built = segment_of(vectors, EXACT)
-    broken = Segment(built.offsets, built.rows, None, Unreachable(built.vectors))
+    broken = Segment(built.offsets, built.rows, built.vectors, Unreachable())
     for (rows, scores), (true, true_scores) in zip(broken.search(queries, 90), built.search(queries, 90), strict=True):
         np.testing.assert_array_equal(rows, true)
         np.testing.assert_array_equal(scores, true_scores)
