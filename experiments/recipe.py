@@ -72,19 +72,20 @@ class Trial:
 
 def dropout(rate: float) -> AbstractContextManager[None]:
     """Training drops inputs of the deltas (LoRA's dropout, but with one choice for all rows of a batch)."""
-    usual = step._embed
+    usual = step._branch
 
-    def embed(encoder, layers: int, params, expert: experts.Bank, texts: step.TextBatch) -> jax.Array:
-        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(0), texts.ids.sum()), 64))
+    def branch(static: step.Static, params, expert: experts.Bank, lengths: jax.Array, hidden: jax.Array) -> jax.Array:
+        of_batch = jax.lax.bitcast_convert_type(hidden.sum(), jnp.int32)
+        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(0), of_batch), 64))
 
         def dropped(factors: experts.Factors) -> experts.Factors:
             kept = jax.random.bernoulli(next(keys), 1 - rate, (len(factors["a"]), 1))
             return {"a": jnp.where(kept, factors["a"] / (1 - rate), 0.0), "b": factors["b"]}
 
         own = {layer: {name: dropped(own) for name, own in matrices.items()} for layer, matrices in expert.items()}
-        return usual(encoder, layers, params, own, texts)
+        return usual(static, params, own, lengths, hidden)
 
-    return step_with("_embed", embed)
+    return step_with("_branch", branch)
 
 
 TRIALS = (
