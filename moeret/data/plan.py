@@ -7,8 +7,10 @@ in random order, so that lengths come mixed.
 """
 
 import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -83,3 +85,31 @@ class BatchPlan:
         # The name, not the position, seeds the order: adding an expert must not change the others' batches.
         key = hashlib.sha256(f"{self.seed}/{self.names[expert]}/{what}".encode()).digest()
         return np.random.default_rng(int.from_bytes(key[:8]))
+
+
+@dataclass(slots=True)
+class Reading:
+    """What was read of a plan: how often each shape, and whose texts at each length."""
+
+    batches: Counter[tuple[int, int]] = field(default_factory=Counter)  # by (rows, edge)
+    texts: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by edge
+    tokens: int = 0
+
+    def note(self, name: str, batch: Batch, tokens: int) -> None:
+        """Counts a batch of a domain, of which so many tokens are no padding."""
+        self.batches[batch.size, batch.edge] += 1
+        self.texts[batch.edge][name] += len(batch.rows)
+        self.tokens += tokens
+
+    def report(self) -> dict[str, Any]:
+        """How many shapes, the share of padding among the tokens, and the domains' shares of the texts at each length."""
+        padded = sum(rows * edge * count for (rows, edge), count in self.batches.items())
+        shares = {
+            edge: {name: round(count / own.total(), 4) for name, count in sorted(own.items())}
+            for edge, own in sorted(self.texts.items())
+        }
+        return {
+            "shapes": len(self.batches),
+            "padding": round(1 - self.tokens / padded, 4) if padded else 0.0,
+            "domains": shares,
+        }

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moeret.config import TrainConfig
 from moeret.data.buckets import Batch, bucket_edges, length_batches, pad
 from moeret.data.negatives import mine_hard_negatives
-from moeret.data.plan import BatchPlan, training_buckets
+from moeret.data.plan import BatchPlan, Reading, training_buckets
 from moeret.models.encoder import EncoderConfig, cast_kernels
 from moeret.training.losses import Pool
 from moeret.training.mesh import replicate, shard_rows
@@ -36,8 +36,8 @@ class TrainingSet:
 class Batches:
     """The batches of every step, on the devices of a mesh.
 
-    `static` and `frozen` are what all steps share, `limits` each expert's last step. For a `shared` delta all domains train
-    one expert, a domain a step, in rounds that shuffle their order.
+    `static` and `frozen` are what all steps share, `limits` each expert's last step, `reading` counts what was read. For a
+    `shared` delta all domains train one expert, a domain a step, in rounds that shuffle their order.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Batches:
         self.frozen = replicate(mesh, Frozen(cast_kernels(params, dtype), columns))
         self.limits = np.array([config.steps]) if shared else _limits(sets, config)
         self._sets, self._config, self._document_ids, self._shared = sets, config, document_ids, shared
+        self.reading = Reading()
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
         names = [own.name for own in sets]
         self._plan = BatchPlan.make(names, lengths, config.batch_size, config.seed, int(self.limits.max()), mesh.size)
@@ -87,7 +88,7 @@ class Batches:
         batch = self._plan.batch(step, expert)
         spare = batch.size - len(batch.rows)
         rows = QueryBatch(
-            queries=TextBatch(*pad(self._sets[expert].queries, batch)),
+            queries=self._text_batch(self._sets[expert].name, self._sets[expert].queries, batch),
             weights=np.pad(np.full(len(batch.rows), 1 / self._config.batch_size, np.float32), (0, spare)),
             positives=np.pad(self._positives[expert][batch.rows], ((0, spare), (0, 0)), constant_values=-1),
         )
@@ -109,11 +110,15 @@ class Batches:
             "weights": np.full(len(queries), 1 / self._config.batch_size, np.float32),
             "positives": np.stack([np.isin(columns, own.positives[q]) for q in queries]),
         }
-        return PairBatch(tuple(self._chunk(ids, chunk) for chunk in chunks), **replicate(self.mesh, of_rows))
+        return PairBatch(tuple(self._chunk(own.name, ids, chunk) for chunk in chunks), **replicate(self.mesh, of_rows))
 
-    def _chunk(self, ids: Ids, batch: Batch) -> Chunk:
+    def _chunk(self, name: str, ids: Ids, batch: Batch) -> Chunk:
         places = np.pad(batch.rows, (0, batch.size - len(batch.rows)), constant_values=len(ids)).astype(np.int32)
-        return Chunk(shard_rows(self.mesh, TextBatch(*pad(ids, batch))), replicate(self.mesh, places))
+        return Chunk(shard_rows(self.mesh, self._text_batch(name, ids, batch)), replicate(self.mesh, places))
+
+    def _text_batch(self, name: str, ids: Ids, batch: Batch) -> TextBatch:
+        self.reading.note(name, batch, sum(len(ids[row]) for row in batch.rows))
+        return TextBatch(*pad(ids, batch))
 
     def _mine(self, pool: Float[np.ndarray, "N D"], own: TrainingSet) -> Int[np.ndarray, "Q 16"]:
         """Hard negatives of each train query, out of its own domain, as pool rows."""

@@ -135,6 +135,29 @@ def test_pairs_of_alike_lengths_have_the_gradient_of_one_padded_batch(prepared, 
 
 
 @pytest.mark.parametrize("tower", ["query", "both"])
+def test_as_many_programs_are_compiled_as_shapes_are_read(prepared, train_config, tower):
+    embedder, data = prepared
+    config = dataclasses.replace(train_config, tower=tower, batch_size=4)
+    base = embedder.base_encoder
+    bank = experts.init_bank(base.config, config.expert, [jax.random.key(n) for n in range(3)])
+    ids = BothTowers(data, embedder).document_ids if tower == "both" else None
+    mesh = data_mesh(jax.devices()[:1])
+    layers = experts.trunk_layers(bank, base.config)
+    batches = Batches(base.config, layers, base.params, data.pool, ids, data.sets, config, mesh)
+    program = step.add_queries if tower == "query" else step._pull_back
+    program.clear_cache()
+    bank = replicate(mesh, bank)
+    totals = zero_totals(bank)
+    for number in range(8):
+        for expert, batch in batches.step(number, np.ones(3, bool)):
+            totals = add_batch(batches.static, batches.frozen, bank, totals, expert, batch)
+    report = batches.reading.report()
+    assert program._cache_size() == report["shapes"] > 1
+    assert 0 <= report["padding"] < 0.6
+    assert {name for shares in report["domains"].values() for name in shares} == {own.name for own in data.sets}
+
+
+@pytest.mark.parametrize("tower", ["query", "both"])
 def test_an_expert_trains_beside_others_as_it_does_alone(prepared, train_config, tower):
     config = dataclasses.replace(train_config, tower=tower)
     alone_loss, alone = run_steps(prepared, config, ("metal",), devices=1)
