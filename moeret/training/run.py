@@ -151,7 +151,7 @@ def add_expert(
     check_name(name)
     model, domain = Path(model), Path(domain)
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
-    with artifact.writing(model) if is_first() else nullcontext():
+    with artifact.writing(model):
         loaded = Model.load(model)
         published = loaded.published
         shape = {key: tuple(v) if isinstance(v, list) else v for key, v in published.meta["expert"].items()}
@@ -197,9 +197,6 @@ def add_expert(
             own_strengths=LABEL_FREE if label_free else OWN,
             show_progress_bar=show_progress_bar,
         )
-        if not is_first():
-            wait_for_all("published")
-            return artifact.read(model, KIND)
         draft = Draft(model, KIND)
         of_base = Blend(**published.meta["base"]["blend"])
         entries = [
@@ -208,7 +205,6 @@ def add_expert(
         ]
         finished = _publish_next(draft, published, entries, [*profiles, *data.profiles])
         shutil.rmtree(work)
-        wait_for_all("published")
         return finished
 
 
