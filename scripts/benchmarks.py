@@ -40,7 +40,7 @@ def write_section(name: str, title: str, body: str, extra_versions: dict[str, st
     facts = [
         f"- command: `{command()}`",
         f"- commit: `{COMMIT}`",
-        f"- machine: {processor()}, {os.cpu_count()} cores, {memory_gib():.0f} GiB, Python {platform.python_version()}",
+        f"- machine: {processor()}, {cores()}, {memory_gib():.0f} GiB, Python {platform.python_version()}",
         f"- versions: {', '.join(f'{package} {number}' for package, number in versions.items())}",
     ]
     if not FILE.is_file():
@@ -88,6 +88,13 @@ def processor() -> str:
     lines = _processor_lines()
     model = re.search(r"model name\s*: (.*)", lines)
     return (model.group(1) if model else platform.processor()) + (" with AMX" if "amx_tile" in lines else "")
+
+
+def cores() -> str:
+    """How many there are, and how many this process may use if not all."""
+    every = os.cpu_count()
+    used = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
+    return f"{every} cores" + (f" of which {used} used" if used != every else "")
 
 
 def fast_precision() -> Precision:
