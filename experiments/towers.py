@@ -4,8 +4,8 @@ Command:  python -m experiments.towers --data DATA [--out runs/towers]
           DATA as experiments.pooled_domains leaves it, or any BEIR folders of these names.
 Time:     about an hour on 2 cores, on the excerpts that experiments.pooled_domains makes with --small; what is finished is
           not repeated.
-Expected: the query tower, the default, is not behind by cosine alone, and ahead with words and memory, which only it has.
-          Writes its section into BENCHMARKS.md.
+Expected: both towers are ahead by cosine alone, and level with the query tower, the default, where words and memory, which only
+          it has, speak too. Writes its section into BENCHMARKS.md.
 """
 
 import json
