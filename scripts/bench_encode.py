@@ -8,8 +8,6 @@ texts first. About twenty minutes on two slow cores. Writes a section of BENCHMA
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +20,7 @@ from moeret.data.beir import read_corpus
 from moeret.models.embed import Embedder
 from moeret.models.experts import base_alone
 from moeret.models.pretrained import find_base
-from scripts.benchmarks import FILE, fast_precision, markdown_table, write_section
+from scripts.benchmarks import FILE, fast_precision, interleaved_seconds, markdown_table, write_section
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 OURS, THEIRS = "moeret", "sentence-transformers"
@@ -74,16 +72,8 @@ def texts_of(data: Path, count: int) -> tuple[list[str], list[int]]:
 
 
 def seconds_of(encoders: dict[str, Encode], texts: Sequence[str], repeats: int) -> dict[str, float]:
-    """Median seconds of each, one after another in every round."""
-    taken: dict[str, list[float]] = {name: [] for name in encoders}
-    for encode in encoders.values():
-        encode(texts)
-    for _ in range(repeats):
-        for name, encode in encoders.items():
-            started = time.perf_counter()
-            encode(texts)
-            taken[name].append(time.perf_counter() - started)
-    return {name: statistics.median(own) for name, own in taken.items()}
+    """Median seconds of each for these texts."""
+    return interleaved_seconds({name: lambda run=encode: run(texts) for name, encode in encoders.items()}, repeats)
 
 
 def least_cosine(encoders: dict[str, Encode], texts: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,6 @@ needs an environment with all of these. Test queries of all experts, mixed. Writ
 """
 
 import argparse
-import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ import moeret
 from moeret.config import IndexConfig
 from moeret.data.beir import read_domain
 from moeret.data.lexical import stems
-from scripts.benchmarks import markdown_table, write_section
+from scripts.benchmarks import interleaved_seconds, markdown_table, write_section
 
 Search = Callable[[Sequence[str]], object]
 BOUND = 1.5
@@ -55,17 +54,9 @@ def peers(retriever: moeret.Retriever, folder: str) -> dict[str, Search]:
 
 
 def batched(searches: dict[str, Search], queries: Sequence[str], repeats: int) -> dict[str, float]:
-    """Median queries a second of each, all queries at once, one system after another in every round."""
-    taken: dict[str, list[float]] = {name: [] for name in searches}
-    for search in searches.values():
-        search(queries)
-        search(queries)
-    for _ in range(repeats):
-        for name, search in searches.items():
-            started = time.perf_counter()
-            search(queries)
-            taken[name].append(time.perf_counter() - started)
-    return {name: len(queries) / statistics.median(own) for name, own in taken.items()}
+    """Median queries a second of each, all queries at once."""
+    seconds = interleaved_seconds({name: lambda run=search: run(queries) for name, search in searches.items()}, repeats)
+    return {name: len(queries) / own for name, own in seconds.items()}
 
 
 def one_by_one(search: Search, queries: Sequence[str], clients: int) -> tuple[float, float, float]:
@@ -90,27 +81,21 @@ def one_by_one(search: Search, queries: Sequence[str], clients: int) -> tuple[fl
 
 def split(retriever: moeret.Retriever, queries: Sequence[str], repeats: int) -> dict[str, float]:
     """Median milliseconds a query of each part of a batched search; the last is what the others leave."""
-    model, parts = retriever.model, {}
+    model = retriever.model
     embedder, router = model.embedder, model.query_router
     texts = model.with_prompt(queries, "query")
     reads = embedder.readings(texts, reads=router.reads)
-
-    def timed(name: str, run: Callable[[], object]) -> None:
-        taken = []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - started)
-        parts[name] = 1000 * statistics.median(taken[1:]) / len(queries)
-
     found = retriever.rank(queries, K)
-    timed("tokenise", lambda: model.base.tokenizer(texts))
-    timed("words", lambda: stems(queries))
-    timed("trunk", lambda: embedder.readings(texts, reads="trunk"))
-    timed("route", lambda: router.choose(reads))
-    timed("trunk and branch", lambda: embedder.routed(texts, router))
-    timed("fetch", lambda: retriever.hits(found))
-    timed("whole", lambda: retriever.search_batch(queries, K))
+    runs = {
+        "tokenise": lambda: model.base.tokenizer(texts),
+        "words": lambda: stems(queries),
+        "trunk": lambda: embedder.readings(texts, reads="trunk"),
+        "route": lambda: router.choose(reads),
+        "trunk and branch": lambda: embedder.routed(texts, router),
+        "fetch": lambda: retriever.hits(found),
+        "whole": lambda: retriever.search_batch(queries, K),
+    }
+    parts = {name: 1000 * own / len(queries) for name, own in interleaved_seconds(runs, repeats).items()}
     encode = parts.pop("trunk and branch")
     whole = parts.pop("whole")
     parts["trunk"] -= parts["tokenise"]

@@ -6,8 +6,11 @@ A section stands between two comment lines that carry its name; writing it again
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -110,6 +113,18 @@ def _processor_lines() -> str:
 def memory_gib() -> float:
     """Physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def interleaved_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, one after another in every round, after two rounds to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(2 + repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if number >= 2:
+                taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(own) for name, own in taken.items()}
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:

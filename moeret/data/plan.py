@@ -88,7 +88,7 @@ class BatchPlan:
 
 
 @dataclass(slots=True)
-class Reading:
+class Tally:
     """What was read of a plan: how often each shape, and whose texts at each length."""
 
     batches: Counter[tuple[int, int]] = field(default_factory=Counter)  # by (rows, edge)

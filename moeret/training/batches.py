@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moeret.config import TrainConfig
 from moeret.data.buckets import Batch, bucket_edges, length_batches, pad
 from moeret.data.negatives import mine_hard_negatives
-from moeret.data.plan import BatchPlan, Reading, training_buckets
+from moeret.data.plan import BatchPlan, Tally, training_buckets
 from moeret.models.encoder import EncoderConfig, cast_kernels
 from moeret.training.losses import Pool
 from moeret.training.mesh import replicate, shard_rows
@@ -36,7 +36,7 @@ class TrainingSet:
 class Batches:
     """The batches of every step, on the devices of a mesh.
 
-    `static` and `frozen` are what all steps share, `limits` each expert's last step, `reading` counts what was read. For a
+    `static` and `frozen` are what all steps share, `limits` each expert's last step, `tally` counts what was read. For a
     `shared` delta all domains train one expert, a domain a step, in rounds that shuffle their order.
     """
 
@@ -60,7 +60,7 @@ class Batches:
         self.frozen = replicate(mesh, Frozen(cast_kernels(params, dtype), columns))
         self.limits = np.array([config.steps]) if shared else _limits(sets, config)
         self._sets, self._config, self._document_ids, self._shared = sets, config, document_ids, shared
-        self.reading = Reading()
+        self.tally = Tally()
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
         names = [own.name for own in sets]
         self._plan = BatchPlan.make(names, lengths, config.batch_size, config.seed, int(self.limits.max()), mesh.size)
@@ -117,7 +117,7 @@ class Batches:
         return Chunk(shard_rows(self.mesh, self._text_batch(name, ids, batch)), replicate(self.mesh, places))
 
     def _text_batch(self, name: str, ids: Ids, batch: Batch) -> TextBatch:
-        self.reading.note(name, batch, sum(len(ids[row]) for row in batch.rows))
+        self.tally.note(name, batch, sum(len(ids[row]) for row in batch.rows))
         return TextBatch(*pad(ids, batch))
 
     def _mine(self, pool: Float[np.ndarray, "N D"], own: TrainingSet) -> Int[np.ndarray, "Q 16"]:

@@ -162,8 +162,8 @@ def fit(
                     checkpoints.save(step, _tree(batches.mesh, state, best_bank, progress))
                 dev = float(progress.best.mean())
                 advance(1, f"loss {mean:.3f}, {rate:.0f} pairs/s, dev {dev:.3f}")
-    if batches.reading.batches:
-        log.write(step=step, read=batches.reading.report())
+    if batches.tally.batches:
+        log.write(step=step, batches=batches.tally.report())
     return Fitted(jax.device_get(best_bank), progress.best_step)
 
 

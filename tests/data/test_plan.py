@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeret.data.buckets import Batch
-from moeret.data.plan import STEPS_A_SHAPE, TRAINING_BUCKETS, WINDOW, BatchPlan, Reading
+from moeret.data.plan import STEPS_A_SHAPE, TRAINING_BUCKETS, WINDOW, BatchPlan, Tally
 
 NAMES = ("law", "medicine", "code", "finance")
 lengths_of_queries = st.lists(st.integers(2, 60), min_size=1, max_size=30).map(np.array)
@@ -110,12 +110,12 @@ def test_edges_fit_a_small_domain_as_well_as_a_large_one(own, which):
 
 
 def test_the_report_tells_padding_shapes_and_whose_texts_have_which_length():
-    reading = Reading()
-    assert reading.report() == {"shapes": 0, "padding": 0.0, "domains": {}}
-    reading.note("law", Batch(np.arange(3), 16, 4), 40)
-    reading.note("code", Batch(np.arange(1), 16, 4), 10)
-    reading.note("code", Batch(np.arange(2), 8, 2), 16)
-    assert reading.report() == {
+    tally = Tally()
+    assert tally.report() == {"shapes": 0, "padding": 0.0, "domains": {}}
+    tally.note("law", Batch(np.arange(3), 16, 4), 40)
+    tally.note("code", Batch(np.arange(1), 16, 4), 10)
+    tally.note("code", Batch(np.arange(2), 8, 2), 16)
+    assert tally.report() == {
         "shapes": 2,
         "padding": round(1 - 66 / 144, 4),
         "domains": {8: {"code": 1.0}, 16: {"code": 0.25, "law": 0.75}},

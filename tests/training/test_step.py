@@ -128,7 +128,10 @@ def test_pairs_encoded_twice_have_the_gradient_of_the_whole_and_keep_nothing(
 def test_pairs_of_alike_lengths_have_the_gradient_of_one_padded_batch(prepared, train_config, devices, monkeypatch):
     config = dataclasses.replace(train_config, tower="both", batch_size=16, hard_negatives=2)
     chunks, _ = totals_of(prepared, config, devices)
-    everything = lambda counts, edges, *_: [Batch(np.arange(len(counts)), edges[-1], len(counts))]  # noqa: E731
+
+    def everything(counts, edges, *_):
+        return [Batch(np.arange(len(counts)), edges[-1], len(counts))]
+
     monkeypatch.setattr(training_batches, "length_batches", everything)
     one, _ = totals_of(prepared, config, devices)
     assert_same_totals(chunks, one)
@@ -151,7 +154,7 @@ def test_as_many_programs_are_compiled_as_shapes_are_read(prepared, train_config
     for number in range(8):
         for expert, batch in batches.step(number, np.ones(3, bool)):
             totals = add_batch(batches.static, batches.frozen, bank, totals, expert, batch)
-    report = batches.reading.report()
+    report = batches.tally.report()
     assert program._cache_size() == report["shapes"] > 1
     assert 0 <= report["padding"] < 0.6
     assert {name for shares in report["domains"].values() for name in shares} == {own.name for own in data.sets}
