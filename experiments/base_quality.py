@@ -15,7 +15,7 @@ import moeret
 from moeret import metrics
 from moeret.config import DEFAULT_BASE
 from moeret.data.beir import read_domain
-from moeret.models.embed import cached_vectors
+from moeret.models.vector_cache import cached_vectors
 from moeret.progress import progress_bar
 from moeret.retrieval.hnsw import exact_search
 from scripts.benchmarks import markdown_table, write_section

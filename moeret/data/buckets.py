@@ -99,6 +99,69 @@ def _rest(rows: Int[np.ndarray, "B"], edge: int, tokens: int, devices: int) -> B
     return Batch(rows, edge, min(power_of_four(-(-len(rows) // devices)), full_size(edge, tokens)) * devices)
 
 
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Texts that stand one behind another in rows of one length, of which `rows` are each one's texts."""
+
+    rows: list[list[int]]
+    length: int
+
+    @property
+    def most(self) -> int:
+        """How many texts rows like these can hold."""
+        return len(self.rows) * self.length // _TOKENS_PER_TEXT
+
+    def arrays(
+        self, tokens: Sequence[Int[np.ndarray, "L"]] | Sequence[Float[np.ndarray, "L D"]]
+    ) -> tuple[Int[np.ndarray, "N"], np.ndarray, Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
+        """(numbers of the texts, their tokens in the rows, which of these texts each is of, where in it it stands).
+
+        The third counts along the first, and is -1 where there is no token.
+        """
+        shape = (len(self.rows), self.length)
+        out = np.zeros((*shape, *tokens[0].shape[1:]), tokens[0].dtype)
+        places, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+        order: list[int] = []
+        for row, own in enumerate(self.rows):
+            start = 0
+            for text in own:
+                end = start + len(tokens[text])
+                out[row, start:end], places[row, start:end] = tokens[text], len(order)
+                positions[row, start:end] = np.arange(end - start)
+                order.append(text)
+                start = end
+        return np.array(order), out, places, positions
+
+
+_PACKED = 128
+"""Length of a row of packed texts: long enough to waste little, short enough for attention to cost little."""
+_TOKENS_PER_TEXT = 4
+"""A row holds at most one text for so many tokens."""
+
+
+def packs(lengths: Int[np.ndarray, "N"], tokens: int = TOKENS_PER_BATCH) -> Iterator[Pack]:
+    """Covers every text once with rows that are nearly full (first fit, longest first), a batch's tokens at a time.
+
+    For few texts of many lengths: buckets would pad them much. Tokens of other texts in a row cost attention only.
+    """
+    length = max(_PACKED, 1 << int(lengths.max() - 1).bit_length())
+    least = max(int(lengths.sum()), _TOKENS_PER_TEXT * len(lengths))
+    length = min(length, *(edge for edge in _FEW if edge >= least), length)
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for text in np.argsort(-lengths, kind="stable").tolist():
+        fits = (n for n, own in enumerate(left) if own >= lengths[text] and len(rows[n]) < length // _TOKENS_PER_TEXT)
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(length)
+        rows[row].append(text)
+        left[row] -= int(lengths[text])
+    size = max(1, tokens // length)
+    for start in range(0, len(rows), size):
+        yield Pack(rows[start : start + size], length)
+
+
 def power_of_four(count: int) -> int:
     """The least power of four that is not below `count`: sizes in such steps need few programs."""
     return 4 ** (((count - 1).bit_length() + 1) // 2)

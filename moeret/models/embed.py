@@ -2,33 +2,32 @@
 
 import copy
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from moeret import artifact
-from moeret.data.buckets import length_batches, pad, power_of_four, standard_edges
-from moeret.errors import ArtifactError
+from moeret.data.buckets import length_batches, packs, pad, standard_edges
 from moeret.models.encoder import EncoderConfig, cast_kernels, matrix_shapes, token_moments, with_params
 from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
-from moeret.processes import is_mine, wait_for_all
 from moeret.progress import Advance
 
 _CHUNK = 2048
-"""Texts tokenised, embedded and cached at a time."""
+"""Texts tokenised at a time."""
 _MANY = 64
 """Texts of one expert that need no regrouping."""
-_TOKENS_HELD = 2**16
-"""Padded tokens whose hidden states wait for their experts at most."""
+_HELD = 512
+"""Texts whose tokens' hidden states wait for their experts at most."""
+_LEAST_USED = 4
+"""A program for mixed texts takes so many experts at least, so that few are compiled."""
+_SAME_WEIGHT = 0.02
+"""A smaller change of every expert's weight is none."""
 _FOLDED_BYTES = 2**30
 """What the matrices of experts may take that are kept with their deltas added."""
 
@@ -42,24 +41,48 @@ def _trunk(
 
 
 @jax.jit(static_argnames=("encoder", "layers"))
-def _branch(
+def _plain_branch(
+    encoder: EncoderConfig, layers: int, params, x: Float[Array, "B L D"], lengths: Int[Array, "B"]
+) -> Float[Array, "B D"]:
+    return with_params(encoder, params).branch(x, lengths, layers, {})
+
+
+Revise = Callable[[Int[np.ndarray, "B"], Choice, Float[np.ndarray, "B D"]], Choice]
+"""What is chosen for texts, by their numbers, once their embeddings by a first choice are known."""
+
+
+@jax.jit(static_argnames=("encoder", "layers"))
+def _packed_trunk(
+    encoder: EncoderConfig,
+    layers: int,
+    params,
+    ids: Int[Array, "B L"],
+    texts: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+) -> Float[Array, "B L D"]:
+    return with_params(encoder, params).packed_trunk(ids, texts, positions, layers)
+
+
+@jax.jit(static_argnames=("encoder", "layers", "count"))
+def _packed_branch(
+    encoder: EncoderConfig, layers: int, count: int, params, x: Float[Array, "B L D"], texts: Int[Array, "B L"]
+) -> Float[Array, "count D"]:
+    return with_params(encoder, params).packed_branch(x, texts, count, layers, {})
+
+
+@jax.jit(static_argnames=("encoder", "layers"))
+def _mixed_branch(
     encoder: EncoderConfig,
     layers: int,
     params,
     bank: Bank,
     shared: Bank | None,
     x: Float[Array, "B L D"],
-    lengths: Int[Array, "B"],
+    texts: Int[Array, "B L"],
     mixture: Mixture,
-) -> Float[Array, "B D"]:
-    return with_params(encoder, params).branch(x, lengths, layers, gather(bank, shared, mixture))
-
-
-@jax.jit(static_argnames=("encoder", "layers"))
-def _plain_branch(
-    encoder: EncoderConfig, layers: int, params, x: Float[Array, "B L D"], lengths: Int[Array, "B"]
-) -> Float[Array, "B D"]:
-    return with_params(encoder, params).branch(x, lengths, layers, {})
+) -> Float[Array, "T D"]:
+    deltas = gather(bank, shared, mixture, texts)
+    return with_params(encoder, params).packed_branch(x, texts, len(mixture.weights), layers, deltas)
 
 
 class Hidden(NamedTuple):
@@ -165,11 +188,10 @@ class Embedder:
         if len(texts) >= _MANY and weights.shape[1] == 1 and (weights == 1).all() and (experts == experts[0]).all():
             return self._folded(int(experts[0, 0])).base(texts, normalize=normalize, advance=advance)
         out = np.empty((len(texts), self.width), np.float32)
-        for held in _together(self.hidden(texts)):
-            rows = np.concatenate([own.rows for own in held])
-            out[rows] = self._branches(held, experts[rows], weights[rows])
+        for rows, states in self.states(texts):
+            out[rows] = self._branches(states, experts[rows], weights[rows])
             if advance:
-                advance(len(rows))
+                advance(len(states))
         return _unit_rows(out) if normalize else out
 
     def readings(
@@ -190,23 +212,29 @@ class Embedder:
         texts: Sequence[str],
         router: Router,
         *,
+        revise: Revise | None = None,
         normalize: bool = True,
         advance: Advance | None = None,
     ) -> tuple[Choice, Float[np.ndarray, "N D"]]:
-        """(what the router chose, embeddings by the merged experts); the trunk is read once for both."""
+        """(what the router chose, embeddings by the merged experts); the trunk is read once for both.
+
+        `revise` may choose anew with the unit embeddings in hand; texts of which it changes the choice are embedded by that.
+        """
         merged = np.empty((len(texts), self.width), np.float32)
-        order, choices = [np.empty(0, np.int64)], [router.choose(np.empty((0, len(router.weights)), np.float32))]
-        for held in _together(self.hidden(texts)):
-            rows = np.concatenate([own.rows for own in held])
-            readings = [self._reading(router.reads, *own[1:])[: len(own.rows)] for own in held]
-            choice = router.choose(np.concatenate(readings))
-            merged[rows] = self._branches(held, choice.experts, choice.weights)
-            order.append(rows)
+        choices = [router.choose(np.empty((0, len(router.weights)), np.float32))]
+        for rows, states in self.states(texts):
+            read = _moments(states) if router.reads == "trunk" else _unit_rows(self._run_packed(states))
+            choice = router.choose(read)
+            own = self._branches(states, choice.experts, choice.merged)
+            if revise:
+                first, choice = choice, revise(rows, choice, _unit_rows(own))
+                new = np.flatnonzero(_differ(first, choice))
+                own[new] = self._branches([states[row] for row in new], choice.experts[new], choice.merged[new])
+            merged[rows] = own
             choices.append(choice)
             if advance:
-                advance(len(rows))
-        back = np.argsort(np.concatenate(order))
-        choice = Choice(*(np.concatenate(field)[back] for field in zip(*choices, strict=True)))
+                advance(len(states))
+        choice = Choice(*map(np.concatenate, zip(*choices, strict=True)))
         return choice, _unit_rows(merged) if normalize else merged
 
     def _reading(self, reads: Reads, x: Array, moments: Array, lengths: Array) -> np.ndarray:
@@ -215,55 +243,76 @@ class Embedder:
     def _run_base(self, x: Array, lengths: Array) -> np.ndarray:
         return np.asarray(_plain_branch(self.base_encoder.config, self.trunk_layers, self._params, x, lengths))
 
+    def states(self, texts: Sequence[str]) -> Iterator[tuple[slice, list[Float[np.ndarray, "L D"]]]]:
+        """What the trunk makes of texts, token by token, of as many at a time as may be held."""
+        encoder = self.base_encoder
+        for start in range(0, len(texts), _HELD):
+            ids = encoder.tokenizer(texts[start : start + _HELD])
+            out: list[np.ndarray] = [np.empty(0)] * len(ids)
+            for pack in packs(np.array([len(own) for own in ids])):
+                order, tokens, places, positions = pack.arrays(ids)
+                arrays = jax.device_put((tokens, places, positions))
+                states = np.asarray(_packed_trunk(encoder.config, self.trunk_layers, self._params, *arrays))
+                for place, text in enumerate(order):
+                    out[text] = states[places == place]
+            yield slice(start, start + len(ids)), out
+
     def _branches(
-        self, held: Sequence[Hidden], experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]
+        self,
+        states: Sequence[Float[np.ndarray, "L D"]],
+        experts: Int[np.ndarray, "B S"],
+        weights: Float[np.ndarray, "B S"],
     ) -> Float[np.ndarray, "B D"]:
-        """Embeddings of batches of texts, one after another, by their weighted experts.
+        """Embeddings of texts by their weighted experts, from what the trunk made of them.
 
         A text of one expert needs no more products than the base's do if it is read with others of that expert; the rest are
         mixed in one program.
         """
-        by = _only_experts(experts, weights)
-        if len(held) == 1 and len(by) == 1:
-            (_, x, _, lengths), [expert] = held[0], by
-            return self._run(expert, x, lengths, experts, weights)
-        counts = np.concatenate([np.asarray(own.lengths)[: len(own.rows)] for own in held])
-        states = [own for batch in held for own in np.asarray(batch.x)[: len(batch.rows)]]
-        edges = sorted({own.x.shape[1] for own in held})
-        out = np.empty((len(counts), self.width), np.float32)
-        for expert, rows in by.items():
-            for batch in length_batches(counts[rows], edges):
-                own = rows[batch.rows]
-                x = np.zeros((batch.size, batch.edge, self.width), np.float32)
-                for place, row in enumerate(own):
-                    x[place, : counts[row]] = states[row][: counts[row]]
-                lengths = np.pad(counts[own], (0, batch.size - len(own)), constant_values=1)
-                out[own] = self._run(expert, x, lengths, experts[own], weights[own])
+        out = np.empty((len(states), self.width), np.float32)
+        for expert, rows in _only_experts(experts, weights).items():
+            own = [states[row] for row in rows]
+            if expert == _MIXED:
+                out[rows] = self._run_mixed(own, experts[rows], weights[rows])
+            else:
+                out[rows] = (self._folded(expert) if expert else self)._run_packed(own)
         return out
 
-    def _run(
-        self, expert: int, x: Array, lengths: Array, experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]
-    ) -> Float[np.ndarray, "B D"]:
-        """Embeddings by one expert, or by each row's own mix."""
-        if expert == _MIXED:
-            return self._run_branch(x, lengths, experts, weights)[: len(experts)]
-        encoder = self._folded(expert) if expert else self
-        return encoder._run_base(x, lengths)[: len(experts)]
+    def _run_packed(self, states: Sequence[Float[np.ndarray, "L D"]]) -> Float[np.ndarray, "B D"]:
+        """Base embeddings."""
+        out, config = np.empty((len(states), self.width), np.float32), self.base_encoder.config
+        for pack in packs(np.array([len(own) for own in states])):
+            order, tokens, places, _ = pack.arrays(states)
+            arrays = jax.device_put((tokens, places))
+            vectors = _packed_branch(config, self.trunk_layers, pack.most, self._params, *arrays)
+            out[order] = np.asarray(vectors)[: len(order)]
+        return out
 
-    def _run_branch(self, x: Array, lengths: Array, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def _run_mixed(
+        self,
+        states: Sequence[Float[np.ndarray, "L D"]],
+        experts: Int[np.ndarray, "B S"],
+        weights: Float[np.ndarray, "B S"],
+    ) -> Float[np.ndarray, "B D"]:
+        """Embeddings by each text's own mix."""
+        out, config = np.empty((len(states), self.width), np.float32), self.base_encoder.config
+        for pack in packs(np.array([len(own) for own in states])):
+            order, tokens, places, _ = pack.arrays(states)
+            mixture = self._mixture(experts[order], weights[order], pack.most)
+            arrays = jax.device_put((tokens, places, mixture))
+            vectors = _mixed_branch(config, self.trunk_layers, self._params, self.bank, self._shared, *arrays)
+            out[order] = np.asarray(vectors)[: len(order)]
+        return out
+
+    def _mixture(self, experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"], count: int) -> Mixture:
+        """The mixes of texts, and of none up to `count`."""
         used = np.unique(experts[weights != 0])
-        width = max(4, power_of_four(len(used)))
-        own, shared = np.zeros((x.shape[0], width), np.float32), np.zeros(x.shape[0], np.float32)
+        width = max(_LEAST_USED, 1 << (len(used) - 1).bit_length())
+        own, shared = np.zeros((count, width), np.float32), np.zeros(count, np.float32)
         rows, slots = np.nonzero(weights)
         np.add.at(own, (rows, np.searchsorted(used, experts[rows, slots])), weights[rows, slots])
         if self._strengths is not None:
             shared = own[:, : len(used)] @ self._strengths[used]
-        mixture = jax.device_put(Mixture(np.pad(used, (0, width - len(used))).astype(np.int32), own, shared))
-        return np.asarray(
-            _branch(
-                self.base_encoder.config, self.trunk_layers, self._params, self.bank, self._shared, x, lengths, mixture
-            )
-        )
+        return Mixture(np.pad(used, (0, width - len(used))).astype(np.int32), own, shared)
 
 
 _MIXED = -1
@@ -281,75 +330,18 @@ def _only_experts(
     return {expert: np.flatnonzero(only == expert) for expert in np.unique(only).tolist()}
 
 
-def _together(batches: Iterable[Hidden]) -> Iterator[list[Hidden]]:
-    """Batches in groups whose hidden states may be held at once."""
-    held: list[Hidden] = []
-    for batch in batches:
-        held.append(batch)
-        if sum(own.x.shape[0] * own.x.shape[1] for own in held) >= _TOKENS_HELD:
-            yield held
-            held = []
-    if held:
-        yield held
+def _differ(one: Choice, other: Choice) -> Bool[np.ndarray, "B"]:
+    """Which texts two choices embed differently."""
+    weights = np.zeros((2, len(one.experts), 1 + one.probabilities.shape[1]), np.float32)
+    for own, choice in zip(weights, (one, other), strict=True):
+        np.put_along_axis(own, choice.experts, choice.merged, axis=1)
+    return np.abs(weights[0] - weights[1]).max(axis=1) >= _SAME_WEIGHT
+
+
+def _moments(states: Sequence[Float[np.ndarray, "L D"]]) -> Float[np.ndarray, "B 2*D"]:
+    """As `token_moments`, text by text."""
+    return np.stack([np.concatenate([own.mean(axis=0), own.std(axis=0)]) for own in states])
 
 
 def _unit_rows(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def cached_vectors(
-    embed: Callable[[Sequence[str]], np.ndarray],
-    texts: Sequence[str],
-    width: int,
-    folders: Sequence[Path],
-    key: str,
-    advance: Advance,
-) -> Float[np.ndarray, "N D"]:
-    """`embed(texts)` in chunks kept on disk, so that a killed job loses one chunk and a second job none.
-
-    A chunk is found in any of `folders` by a hash of `key` (which names the encoder) and its texts, checked by its own
-    digest, and written to the first of them. Where several processes want the same texts, each embeds some of the chunks.
-    `advance` is called for chunks that are found; `embed` reports its own.
-
-    Raises:
-      ArtifactError: another process wrote a chunk to where this one does not see it.
-    """
-    folders[0].mkdir(parents=True, exist_ok=True)
-    out = np.empty((len(texts), width), np.float32)
-    elsewhere = []
-    for number, start in enumerate(range(0, len(texts), _CHUNK)):
-        chunk = texts[start : start + _CHUNK]
-        name = f"{artifact.fingerprint([key, list(chunk)])}.vectors"
-        vectors = next(
-            (v for folder in folders if (v := _read_chunk(folder / name, len(chunk), width)) is not None), None
-        )
-        if vectors is None and not is_mine(number):
-            elsewhere.append((name, start, len(chunk)))
-            continue
-        if vectors is None:
-            vectors = np.ascontiguousarray(embed(chunk), np.float32)
-            raw = vectors.tobytes()
-            artifact.write_atomically(folders[0] / name, hashlib.sha256(raw).digest() + raw)
-        else:
-            advance(len(chunk))
-        out[start : start + len(chunk)] = vectors
-    wait_for_all("vectors")
-    for name, start, count in elsewhere:
-        vectors = _read_chunk(folders[0] / name, count, width)
-        if vectors is None:
-            raise ArtifactError(
-                f"another process made {folders[0] / name}, but it is not there; give all the same folder"
-            )
-        out[start : start + count] = vectors
-        advance(count)
-    return out
-
-
-def _read_chunk(path: Path, rows: int, width: int) -> Float[np.ndarray, "N D"] | None:
-    """A kept chunk, or None where there is none that is whole."""
-    if not path.is_file():
-        return None
-    raw = path.read_bytes()
-    if len(raw) != 32 + 4 * rows * width or hashlib.sha256(raw[32:]).digest() != raw[:32]:
-        return None
-    return np.frombuffer(raw, np.float32, offset=32).reshape(rows, width)

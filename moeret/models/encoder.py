@@ -23,8 +23,8 @@ ACTIVATIONS = {
 _MASKED = -1e9
 
 Deltas = Mapping[str, Mapping[str, Mapping[str, Array]]]
-"""layer -> matrix -> low-rank factors {"a": [D_in, C], "b": [C, D_out]}; "weights" [B, 1, C], if given, say how much of
-each column a row takes."""
+"""layer -> matrix -> low-rank factors {"a": [D_in, C], "b": [C, D_out]}; "weights" [B, L, C], if given, say how much of
+each column a token takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +169,7 @@ class Layer(nnx.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def __call__(
-        self, x: Float[Array, "B L D"], bias: Float[Array, "B 1 1 L"], deltas: Mapping[str, Mapping[str, Array]]
+        self, x: Float[Array, "B L D"], bias: Float[Array, "B 1 _ L"], deltas: Mapping[str, Mapping[str, Array]]
     ) -> Float[Array, "B L D"]:
         """One layer; `bias` is added to the attention logits, `deltas` maps matrices to low-rank factors."""
 
@@ -185,7 +185,7 @@ def _attention(
     q: Float[Array, "B L D"],
     k: Float[Array, "B L D"],
     v: Float[Array, "B L D"],
-    bias: Float[Array, "B 1 1 L"],
+    bias: Float[Array, "B 1 _ L"],
     heads: int,
 ) -> Float[Array, "B L D"]:
     """Softmax attention, divided by the sum of powers after the product with `v`.
@@ -214,22 +214,47 @@ class Encoder(nnx.Module):
 
     def trunk(self, ids: Int[Array, "B L"], lengths: Int[Array, "B"], layers: int) -> Float[Array, "B L D"]:
         """Hidden states after the first `layers` layers, which no expert touches."""
-        positions = jnp.arange(ids.shape[1])
-        x = self.words(ids) + (self.positions(positions) + self.token_types(jnp.zeros_like(positions)))[None]
-        x, bias = self.norm(x), _attention_bias(lengths, ids.shape[1])
-        for layer in self.layers[:layers]:
-            x = layer(x, bias, {})
-        return x
+        x, bias = self._embed(ids, jnp.arange(ids.shape[1])[None]), _attention_bias(lengths, ids.shape[1])
+        return self._run(x, bias, 0, layers, {})
+
+    def packed_trunk(
+        self, ids: Int[Array, "B L"], texts: Int[Array, "B L"], positions: Int[Array, "B L"], layers: int
+    ) -> Float[Array, "B L D"]:
+        """The same for texts that stand one behind another in the rows.
+
+        `texts` says which one each token is of, -1 for none, and `positions` where in it: tokens attend to those of their own text.
+        """
+        return self._run(self._embed(ids, positions), _within_texts(texts), 0, layers, {})
 
     def branch(
         self, x: Float[Array, "B L D"], lengths: Int[Array, "B"], layers: int, deltas: Deltas
     ) -> Float[Array, "B D"]:
         """Embeddings from hidden states after `layers` layers, with deltas on the upper ones."""
-        bias = _attention_bias(lengths, x.shape[1])
-        for number, layer in enumerate(self.layers[layers:], start=layers):
-            x = layer(x, bias, deltas.get(f"layer_{number:02d}", {}))
+        x = self._run(x, _attention_bias(lengths, x.shape[1]), layers, len(self.layers), deltas)
         pooled = x[:, 0] if self.config.pooling == "cls" else mean_token(x, lengths)
         return unit(pooled) if self.config.normalize else pooled
+
+    def packed_branch(
+        self, x: Float[Array, "B L D"], texts: Int[Array, "B L"], count: int, layers: int, deltas: Deltas
+    ) -> Float[Array, "count D"]:
+        """Embeddings of `count` texts that stand one behind another in the rows, as in `packed_trunk`."""
+        x = self._run(x, _within_texts(texts), layers, len(self.layers), deltas)
+        if self.config.pooling == "cls":  # only a text's first token
+            before = jnp.pad(texts[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+            texts = jnp.where(texts == before, -1, texts)
+        of = (jnp.arange(count)[:, None] == texts.reshape(1, -1)).astype(jnp.float32)
+        pooled = (of @ x.reshape(-1, x.shape[-1])) / jnp.maximum(of.sum(axis=1, keepdims=True), 1.0)
+        return unit(pooled) if self.config.normalize else pooled
+
+    def _embed(self, ids: Int[Array, "B L"], positions: Int[Array, "_ L"]) -> Float[Array, "B L D"]:
+        return self.norm(self.words(ids) + (self.positions(positions) + self.token_types(jnp.zeros_like(positions))))
+
+    def _run(
+        self, x: Float[Array, "B L D"], bias: Float[Array, "B 1 _ L"], start: int, end: int, deltas: Deltas
+    ) -> Float[Array, "B L D"]:
+        for number, layer in enumerate(self.layers[start:end], start=start):
+            x = layer(x, bias, deltas.get(f"layer_{number:02d}", {}))
+        return x
 
 
 @functools.cache
@@ -246,6 +271,11 @@ def with_params(config: EncoderConfig, params: nnx.State) -> Encoder:
 def _attention_bias(lengths: Int[Array, "B"], length: int) -> Float[Array, "B 1 1 L"]:
     kept = jnp.arange(length)[None] < lengths[:, None]
     return jnp.where(kept, 0.0, _MASKED).astype(jnp.float32)[:, None, None, :]
+
+
+def _within_texts(texts: Int[Array, "B L"]) -> Float[Array, "B 1 L L"]:
+    same = texts[:, None, :, None] == texts[:, None, None, :]
+    return jnp.where(same, 0.0, _MASKED).astype(jnp.float32)
 
 
 def mean_token(x: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:

@@ -1,9 +1,9 @@
-"""The expert bank: low-rank experts stacked along one axis, mixed row by row inside one program.
+"""The expert bank: low-rank experts stacked along one axis, mixed text by text inside one program.
 
-A bank maps layer -> matrix -> {"a": [E, D_in, R], "b": [E, R, D_out]}. For a row with experts e_s and weights w_s, a
+A bank maps layer -> matrix -> {"a": [E, D_in, R], "b": [E, R, D_out]}. For a text with experts e_s and weights w_s, a
 matrix W acts as W + sum_s w_s a[e_s] b[e_s] (LoRA, arXiv 2106.09685, without its constant scale). The factors of the
-experts that a batch uses stand side by side as the columns of one product, of which each row takes its own: nothing is
-copied for a row, and the cost depends on the experts in use, not on all there are. Expert 0 is all zeros, the base. Every
+experts that a batch uses stand side by side as the columns of one product, of which each token takes its text's: nothing
+is copied for a text, and the cost depends on the experts in use, not on all there are. Expert 0 is all zeros, the base. Every
 expert may be merged with one shared delta, learned from all domains (cf. Twin-Merging, NeurIPS 2024).
 """
 
@@ -24,11 +24,11 @@ Bank = dict[str, dict[str, Factors]]
 
 
 class Mixture(NamedTuple):
-    """Which experts a batch uses, and how strongly each of its rows mixes them, and the shared delta."""
+    """Which experts a batch uses, and how strongly each of its texts mixes them, and the shared delta."""
 
     experts: Int[Array, "U"]
-    weights: Float[Array, "B U"]
-    shared: Float[Array, "B"]
+    weights: Float[Array, "T U"]
+    shared: Float[Array, "T"]
 
 
 class Shared(NamedTuple):
@@ -88,24 +88,26 @@ def take(bank: Bank, expert: int) -> Bank:
     return jax.tree.map(lambda leaf: np.asarray(leaf[expert]), bank)
 
 
-def gather(bank: Bank, shared: Bank | None, mixture: Mixture) -> Deltas:
-    """The used experts' factors side by side, the shared delta's behind them, and how much of each column a row takes.
+def gather(bank: Bank, shared: Bank | None, mixture: Mixture, texts: Int[Array, "B L"]) -> Deltas:
+    """The used experts' factors side by side, the shared delta's behind them, and how much of each column a token takes.
 
-    {"a": [D_in, C], "b": [C, D_out], "weights": [B, 1, C]} with C = U * R, and the shared rank if there is one.
+    {"a": [D_in, C], "b": [C, D_out], "weights": [B, L, C]} with C = U * R, and the shared rank if there is one. `texts` says
+    whose mix each token has.
     """
+    weights, strengths = mixture.weights[texts], mixture.shared[texts]
 
     def gather_matrix(layer: str, matrix: str) -> dict[str, Array]:
         factors = bank[layer][matrix]
         a, b = factors["a"][mixture.experts], factors["b"][mixture.experts]
         used, d_in, rank = a.shape
         a, b = jnp.moveaxis(a, 1, 0).reshape(d_in, used * rank), b.reshape(used * rank, b.shape[-1])
-        weights = jnp.repeat(mixture.weights, rank, axis=1)
+        columns = jnp.repeat(weights, rank, axis=-1)
         if shared is not None:
             common = shared[layer][matrix]
             a, b = jnp.concatenate([a, common["a"]], axis=1), jnp.concatenate([b, common["b"]])
-            columns = jnp.broadcast_to(mixture.shared[:, None], (len(weights), len(common["b"])))
-            weights = jnp.concatenate([weights, columns], axis=1)
-        return {"a": a, "b": b, "weights": weights[:, None]}
+            of_shared = jnp.broadcast_to(strengths[..., None], (*strengths.shape, len(common["b"])))
+            columns = jnp.concatenate([columns, of_shared], axis=-1)
+        return {"a": a, "b": b, "weights": columns}
 
     return {layer: {matrix: gather_matrix(layer, matrix) for matrix in matrices} for layer, matrices in bank.items()}
 

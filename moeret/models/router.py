@@ -18,7 +18,9 @@ from moeret.models.familiarity import Familiarity
 
 CENTROID_SCALE = 20.0
 """Sharpness of centroid probabilities before any calibration."""
-
+ALONE = 0.9
+"""An expert of so much weight embeds a query alone; the others' indexes are searched all the same. To merge deltas costs as
+much as three queries."""
 
 Reads = Literal["trunk", "base"]
 """The part of a reading that a router is linear in."""
@@ -40,6 +42,12 @@ class Choice(NamedTuple):
     experts: Int[np.ndarray, "Q S"]
     weights: Float[np.ndarray, "Q S"]
     abstained: Bool[np.ndarray, "Q"]
+
+    @property
+    def merged(self) -> Float[np.ndarray, "Q S"]:
+        """How much of each expert's delta is in a query's vector: of one that has nearly all the weight, all."""
+        alone = self.weights >= ALONE
+        return np.where(alone.any(axis=1, keepdims=True), alone, self.weights).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

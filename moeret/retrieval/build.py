@@ -20,9 +20,9 @@ from moeret.config import IndexConfig, differences, require, to_json
 from moeret.data.beir import read_corpus
 from moeret.data.lexical import Lexical
 from moeret.errors import ArtifactError, ConfigError, DataError
-from moeret.models.embed import cached_vectors
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import VECTORS, WORK, Model, read_memory
+from moeret.models.vector_cache import cached_vectors
 from moeret.progress import Advance, progress_bar
 from moeret.retrieval.documents import write_documents
 from moeret.retrieval.evidence import Evidence

@@ -25,8 +25,6 @@ from moeret.retrieval.expert_index import read_index
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
-_SAME_WEIGHT = 0.02
-"""A smaller change of every expert's weight is none."""
 _LEAST_WEIGHT = 1e-6
 """Of an index that must be searched although the router's probability for it vanishes."""
 
@@ -274,16 +272,14 @@ class Retriever:
 
         A query is embedded as the router alone has it, and again where the evidence changes that much.
         """
-        embedder, router = self.model.embedder, dataclasses.replace(router, familiarity=None)
-        first, vectors = embedder.routed(texts, router)
-        probabilities, strangeness = self._evidence.weigh(vectors, first.probabilities)
-        choice = router.pick(probabilities)
-        before, after = (_by_expert(each, probabilities.shape[1]) for each in (first, choice))
-        same = np.abs(before - after).max(axis=1) < _SAME_WEIGHT
-        choice.experts[same], choice.weights[same] = first.experts[same], first.weights[same]
-        rows = np.flatnonzero(~same)
-        if len(rows):
-            vectors[rows] = embedder.mixed([texts[row] for row in rows], choice.experts[rows], choice.weights[rows])
+        router = dataclasses.replace(router, familiarity=None)
+        strangeness = np.empty(len(texts), np.float32)
+
+        def revise(rows: np.ndarray, first: Choice, vectors: np.ndarray) -> Choice:
+            probabilities, strangeness[rows] = self._evidence.weigh(vectors, first.probabilities)
+            return router.pick(probabilities)
+
+        choice, vectors = self.model.embedder.routed(texts, router, revise=revise)
         limit = np.inf if self.strange_limit is None else self.strange_limit
         return choice, vectors, strangeness > limit
 
@@ -341,13 +337,6 @@ class Retriever:
                 route != BASE_EXPERT, "the base cannot search this index: its documents are in their experts' spaces"
             )
             require(fusion != "score", "scores of different document spaces cannot be compared; use calibrated or rrf")
-
-
-def _by_expert(choice: Choice, experts: int) -> Float[np.ndarray, "Q E"]:
-    """Each query's weight of each expert."""
-    weights = np.zeros((len(choice.weights), experts), np.float32)
-    np.put_along_axis(weights, choice.experts - 1, choice.weights, axis=1)
-    return weights
 
 
 def _require_count(value: int, name: str) -> None:

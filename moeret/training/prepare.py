@@ -12,9 +12,10 @@ from moeret.config import TrainConfig
 from moeret.data.beir import Domain, carve_dev, read_domain, sample, seen_queries
 from moeret.data.pairs import label_free_pairs
 from moeret.errors import DataError
-from moeret.models.embed import Embedder, cached_vectors
+from moeret.models.embed import Embedder
 from moeret.models.model import Profile
 from moeret.models.router import part
+from moeret.models.vector_cache import cached_vectors
 from moeret.progress import progress_bar
 from moeret.training.batches import TrainingSet
 from moeret.training.routing import DevSet

@@ -199,9 +199,9 @@ class DevSearch:
         found, vectors, weights = [], np.empty_like(own.vectors), np.float32(np.nan)
         for router in routers:
             choice = router.choose(part(own.readings, router.reads))
-            new = np.flatnonzero((choice.weights != weights).any(axis=1))
+            new = np.flatnonzero((choice.merged != weights).any(axis=1))
             texts = [own.texts[row] for row in new]
-            vectors[new], weights = self.embedder.mixed(texts, choice.experts[new], choice.weights[new]), choice.weights
+            vectors[new], weights = self.embedder.mixed(texts, choice.experts[new], choice.merged[new]), choice.merged
             found.append(float(self._ndcg(own, vectors, choice).mean()))
         return found
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeret.data.buckets import MANY_TOKENS, Batch, bucket_edges, full_size, length_batches, pad, standard_edges
+from moeret.data.buckets import MANY_TOKENS, Batch, bucket_edges, full_size, length_batches, packs, pad, standard_edges
 
 lengths_of_texts = st.lists(st.integers(1, 12), min_size=1, max_size=20).map(np.array)
 
@@ -114,3 +114,29 @@ def test_padded_texts_can_be_told_from_their_padding(ids, data):
         assert not padded[position, lengths[position] :].any()
     assert (lengths[len(rows) :] == 1).all()  # no row is empty, so that a mean over it is a number
     assert not padded[len(rows) :].any()
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60).map(np.array), seed=st.integers(0, 9))
+def test_packs_hold_every_text_once_and_whole(lengths, seed):
+    random = np.random.default_rng(seed)
+    texts = [random.integers(1, 100, length) for length in lengths]
+    found = []
+    for pack in packs(lengths):
+        order, tokens, places, positions = pack.arrays(texts)
+        assert len(order) <= pack.most and tokens.shape == places.shape == (len(pack.rows), pack.length)
+        assert pack.length * len(pack.rows) <= max(512, pack.length)
+        for place, text in enumerate(order):
+            np.testing.assert_array_equal(tokens[places == place], texts[text])
+            np.testing.assert_array_equal(positions[places == place], np.arange(lengths[text]))
+        assert (tokens[places < 0] == 0).all()
+        found += order.tolist()
+    assert sorted(found) == list(range(len(lengths)))
+
+
+def test_packs_take_the_fewest_rows_and_pad_less_than_buckets_do():
+    lengths = np.random.default_rng(0).integers(8, 40, 60)
+    rows = [row for pack in packs(lengths) for row in pack.rows]
+    assert len(rows) == -(-lengths.sum() // 128)
+    bucketed = sum(batch.size * batch.edge for batch in length_batches(lengths, standard_edges(512, 0)))
+    assert 128 * len(rows) < bucketed

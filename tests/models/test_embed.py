@@ -1,4 +1,4 @@
-"""Embedding many texts: order, batching, routes and the cache change nothing."""
+"""Embedding many texts: order, batching and routes change nothing."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import pytest
 
 from moeret.config import ExpertConfig
 from moeret.models import embed, experts
-from moeret.models.embed import Embedder, cached_vectors
+from moeret.models.embed import Embedder
 from moeret.models.familiarity import Familiarity
 from moeret.models.pretrained import load_base
 from moeret.models.router import Router, part
@@ -51,6 +51,7 @@ def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch)
     np.testing.assert_allclose(embedder.base(shuffled), base[order], **close)
     np.testing.assert_allclose(embedder.mixed(shuffled, chosen[order], weights[order]), mixed[order], **close)
     monkeypatch.setattr(embed, "_CHUNK", 8)
+    monkeypatch.setattr(embed, "_HELD", 5)
     np.testing.assert_allclose(embedder.base(TEXTS), base, **close)
     np.testing.assert_allclose(embedder.mixed(TEXTS, chosen, weights), mixed, **close)
     for n in range(len(TEXTS)):
@@ -61,7 +62,7 @@ def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch)
 @pytest.mark.parametrize("room", ["all", "none"])
 def test_texts_of_one_expert_are_read_together_and_get_its_vectors(embedder, routes, monkeypatch, room):
     if room == "none":
-        monkeypatch.setattr(embed, "_TOKENS_HELD", 1)
+        monkeypatch.setattr(embed, "_HELD", 1)
         monkeypatch.setattr(embed, "_FOLDED_BYTES", 1)
         embedder = embedder.with_bank(embedder.bank)  # which keeps nothing yet
     chosen, weights = (own.copy() for own in routes)
@@ -94,12 +95,31 @@ def test_routed_is_readings_and_mixed_in_one_pass(embedder, normalize, reads):
     choice, merged = embedder.routed(TEXTS, router, normalize=normalize)
     for own, other in zip(choice, wanted, strict=True):
         np.testing.assert_allclose(own, other, **close)
-    mixed = embedder.mixed(TEXTS, wanted.experts, wanted.weights, normalize=normalize)
+    mixed = embedder.mixed(TEXTS, wanted.experts, wanted.merged, normalize=normalize)
     np.testing.assert_allclose(merged, mixed, **close)
     base = embedder.base(TEXTS, normalize=normalize)
     assert choice.abstained.sum() == 4
     np.testing.assert_allclose(merged[choice.abstained], base[choice.abstained], **close)
     assert np.abs(merged - base).max(1)[~choice.abstained].min() > 1e-3
+
+
+def test_a_revised_choice_gives_the_vectors_of_that_choice(embedder):
+    weights = np.random.default_rng(3).normal(size=(2 * embedder.width, 2)).astype(np.float32)
+    router = Router("learned", "trunk", weights, np.zeros(2, np.float32), slots=2, minimum=0.0)
+    first, vectors = embedder.routed(TEXTS, router)
+    seen = np.empty_like(vectors)
+
+    def revise(rows, choice, own):
+        seen[rows] = own
+        swapped = choice.probabilities.copy()
+        swapped[::2] = swapped[::2, ::-1]
+        return router.pick(swapped)
+
+    choice, revised = embedder.routed(TEXTS, router, revise=revise)
+    np.testing.assert_allclose(seen, vectors, **close)
+    np.testing.assert_allclose(revised[1::2], vectors[1::2], **close)
+    np.testing.assert_allclose(revised, embedder.mixed(TEXTS, choice.experts, choice.merged), **close)
+    assert np.abs(choice.probabilities - first.probabilities)[::2].max() > 0.1
 
 
 def test_no_texts_are_routed_to_nothing(embedder):
@@ -131,55 +151,3 @@ def test_progress_counts_every_text_once(embedder, routes):
     assert sum(done) == len(TEXTS)
     embedder.mixed(TEXTS, *routes, advance=done.append)
     assert sum(done) == 2 * len(TEXTS)
-
-
-class Calls:
-    """Stands for an embedding function and counts the texts that it was given."""
-
-    def __init__(self):
-        self.texts = 0
-
-    def __call__(self, texts):
-        self.texts += len(texts)
-        return np.array([[sum(map(ord, text)), len(text), 2] for text in texts], np.float32)
-
-
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """A call of cached_vectors over chunks of four texts: returns (vectors, texts embedded, texts found)."""
-    monkeypatch.setattr(embed, "_CHUNK", 4)
-
-    def run(texts, *folders, key="encoder"):
-        calls, found = Calls(), []
-        paths = [tmp_path / name for name in folders or ("own",)]
-        vectors = cached_vectors(calls, texts, 3, paths, key, found.append)
-        np.testing.assert_array_equal(vectors, Calls()(texts))
-        return calls.texts, sum(found)
-
-    return run
-
-
-def test_a_second_call_embeds_nothing(cached):
-    assert cached(TEXTS[:10]) == (10, 0)
-    assert cached(TEXTS[:10]) == (0, 10)
-
-
-def test_other_texts_or_another_encoder_are_not_mixed_up(cached):
-    cached(TEXTS[:10])
-    assert cached([*TEXTS[:9], "new"]) == (2, 8)
-    assert cached(TEXTS[:10], key="another") == (10, 0)
-
-
-def test_chunks_are_found_in_every_folder_and_written_to_the_first(cached, tmp_path):
-    cached(TEXTS[:8], "old")
-    assert cached(TEXTS[:12], "own", "old") == (4, 8)
-    assert [len(list((tmp_path / name).iterdir())) for name in ("old", "own")] == [2, 1]
-
-
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:40] + b"!" + raw[41:], lambda raw: b""])
-def test_a_damaged_chunk_is_embedded_again(cached, tmp_path, damage):
-    cached(TEXTS[:10])
-    victim = sorted((tmp_path / "own").iterdir(), key=lambda path: path.stat().st_size)[-1]
-    victim.write_bytes(damage(victim.read_bytes()))
-    assert cached(TEXTS[:10]) == (4, 6)
-    assert cached(TEXTS[:10]) == (0, 10)

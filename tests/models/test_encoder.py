@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from moeret.config import MATRICES, ExpertConfig
+from moeret.data.buckets import Pack, packs
 from moeret.models import experts
 from moeret.models.encoder import (
     Encoder,
@@ -80,6 +81,25 @@ def test_where_trunk_and_branch_meet_does_not_matter():
         np.testing.assert_allclose(halves, whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_packed_texts_get_the_vectors_that_they_have_alone(pooling):
+    encoder = make_encoder(dataclasses.replace(CONFIG, pooling=pooling))
+    random = np.random.default_rng(0)
+    texts = [random.integers(0, CONFIG.vocabulary, length).astype(np.int32) for length in (9, 4, 1, 12, 2, 6, 7)]
+    out = np.empty((len(texts), CONFIG.width), np.float32)
+    for pack in packs(np.array([len(text) for text in texts]), 32):
+        pack = Pack([row for own in pack.rows for row in (own[::2], own[1::2])], pack.length)  # a second row, and room
+        order, ids, places, positions = pack.arrays(texts)
+        ids[places < 0] = 7  # which must not matter
+        states = encoder.packed_trunk(jnp.asarray(ids), jnp.asarray(places), jnp.asarray(positions), 1)
+        found = encoder.packed_branch(states, jnp.asarray(places), pack.most, 1, {})
+        out[order] = np.asarray(unit(found))[: len(order)]
+    for text, own in zip(texts, out, strict=True):
+        ids, lengths = jnp.asarray(text)[None], jnp.array([len(text)])
+        alone = unit(encoder.branch(encoder.trunk(ids, lengths, 1), lengths, 1, {}))[0]
+        np.testing.assert_allclose(own, alone, atol=2e-6)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_gradient_reaches_every_matrix_of_an_expert(shared):
     encoder, bank = make_encoder(CONFIG), random_bank(2)
@@ -87,9 +107,10 @@ def test_gradient_reaches_every_matrix_of_an_expert(shared):
     x = encoder.trunk(ids, lengths, 0)
     direction = jnp.asarray(np.random.default_rng(2).normal(size=(4, CONFIG.width)), jnp.float32)
     mixture = Mixture(jnp.arange(2), jnp.full((4, 2), 0.5, jnp.float32), jnp.zeros(4, jnp.float32))
+    texts = jnp.broadcast_to(jnp.arange(4)[:, None], ids.shape)
 
     def loss(tree: experts.Bank) -> jax.Array:
-        deltas = jax.tree.map(lambda leaf: leaf[0], tree) if shared else experts.gather(tree, None, mixture)
+        deltas = jax.tree.map(lambda leaf: leaf[0], tree) if shared else experts.gather(tree, None, mixture, texts)
         return (encoder.branch(x, lengths, 0, deltas) * direction).sum()
 
     gradient = experts.flatten(jax.jit(jax.grad(loss))(bank))

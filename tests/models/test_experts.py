@@ -9,7 +9,7 @@ import pytest
 
 from moeret.config import MATRICES, ExpertConfig
 from moeret.models import experts
-from moeret.models.embed import _MANY, Embedder, _branch
+from moeret.models.embed import _MANY, Embedder, _mixed_branch
 from moeret.models.encoder import with_params
 from moeret.models.experts import Mixture
 from moeret.models.pretrained import load_base
@@ -47,7 +47,10 @@ def run(base, bank, batch, chosen, weights) -> np.ndarray:
     dense = np.zeros((len(chosen), COUNT + 1), np.float32)
     np.add.at(dense, (np.arange(len(chosen))[:, None], np.asarray(chosen)), weights)
     mixture = Mixture(jnp.arange(COUNT + 1), jnp.asarray(dense), jnp.zeros(len(chosen), jnp.float32))
-    return np.asarray(_branch(base.config, layers, base.params, experts.with_base(bank), None, x, lengths, mixture))
+    inside = jnp.arange(x.shape[1])[None] < lengths[:, None]
+    texts = jnp.where(inside, jnp.arange(len(chosen))[:, None], -1)  # a row for each
+    full = experts.with_base(bank)
+    return np.asarray(_mixed_branch(base.config, layers, base.params, full, None, x, texts, mixture))
 
 
 def test_a_mixed_batch_is_its_rows_encoded_expert_by_expert(base, bank, batch):
@@ -121,11 +124,11 @@ def test_one_compiled_program_serves_any_mix_of_as_many_experts(base, bank):
     texts = ["find the apple", "about a very long iron", "which text is on", "a story of the rhine"]
     mixes = [[[1, 2]] * 4, [[3, 0]] * 4, [[1, 1], [2, 1], [2, 2], [1, 2]]]
     embedder.mixed(texts, np.array(mixes[0]), np.full((4, 2), 0.5))
-    compiled = _branch._cache_size()
+    compiled = _mixed_branch._cache_size()
     for chosen in mixes:
         for weights in (np.tile([0.7, 0.3], (4, 1)), np.full((4, 2), 0.3)):
             embedder.mixed(texts[::-1], np.array(chosen), weights)
-    assert _branch._cache_size() == compiled
+    assert _mixed_branch._cache_size() == compiled
 
 
 def test_stack_take_flatten_and_unflatten_lose_nothing(bank):

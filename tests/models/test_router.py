@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moeret.models.familiarity import Familiarity
-from moeret.models.router import Router, centroid_router, softmax
+from moeret.models.router import ALONE, Router, centroid_router, softmax
 
 WIDTH = 4
 quick = settings(max_examples=60, deadline=None)
@@ -59,6 +59,15 @@ def test_a_choice_keeps_to_the_rules(router, vectors):
         if not abstained[row]:
             assert weights[row, 0] > 0
             np.testing.assert_array_equal(weights[row, 1:] > 0, (own[1:] >= router.minimum) & (own[1:] > 0))
+
+
+@quick
+@given(routers(), numbers(3, WIDTH))
+def test_an_expert_with_nearly_all_the_weight_embeds_alone(router, vectors):
+    choice = router.choose(vectors)
+    for weights, merged in zip(choice.weights, choice.merged, strict=True):
+        alone = weights.max() >= ALONE
+        np.testing.assert_array_equal(merged, weights == weights.max() if alone else weights)
 
 
 @quick
