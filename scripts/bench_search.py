@@ -100,7 +100,11 @@ def split(retriever: moeret.Retriever, queries: Sequence[str], repeats: int) -> 
     whole = parts.pop("whole")
     parts["trunk"] -= parts["tokenise"]
     parts["branch"] = encode - parts["trunk"] - parts["tokenise"] - parts["route"]
-    return {**parts, "evidence, HNSW, words, memory, fusion, reading again": whole - sum(parts.values()), "whole": whole}
+    return {
+        **parts,
+        "evidence, HNSW, words, memory, fusion, reading again": whole - sum(parts.values()),
+        "whole": whole,
+    }
 
 
 def main() -> None:
