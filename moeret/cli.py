@@ -1,8 +1,6 @@
 """The command line: a thin shell over the library. Flags are the fields of these classes and of moeret.config's."""
 
-import json
 import os
-import re
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,16 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from safetensors import SafetensorError
 
 from moeret.config import DEFAULT_BASE, IndexConfig, RouteMode, TrainConfig, require
 from moeret.data.beir import parse_domains
 from moeret.errors import MoeretError
+from moeret.terminal import OUT, complain, fail, print_json, shown_line
 
 Domains = tyro.conf.UseAppendAction[list[tuple[str, ...]]]
 Flat = tyro.conf.arg(name="")
-_OUT = Console(highlight=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +32,7 @@ class Quickstart:
     def run(self) -> None:
         from moeret.quickstart import quickstart
 
-        quickstart(self.out, _OUT, show_progress_bar=True)
+        quickstart(self.out, OUT, show_progress_bar=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +53,8 @@ class Train:
     """Base encoder: a local folder or a hub id."""
     distributed: str | None = None
     """One of several processes that train together: auto (TPU pods, Slurm, Open MPI), or HOST:PORT,PROCESS/PROCESSES."""
+    model_devices: int = 1
+    """Devices that hold the base together, where it does not fit one."""
     config: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     json: bool = False
     """Print the result as JSON."""
@@ -67,11 +66,12 @@ class Train:
         domains = parse_domains([item for group in self.domain for item in group])
         join(self.distributed)
         shown = is_first() and not self.json
-        published = train(domains, self.out, base=self.base, config=self.config, show_progress_bar=shown)
+        how = {"config": self.config, "model_devices": self.model_devices, "show_progress_bar": shown}
+        published = train(domains, self.out, base=self.base, **how)
         if is_first():
             _print_experts(published.meta, self.json)
         if shown:
-            _OUT.print(f"Model: {self.out}", markup=False)
+            OUT.print(f"Model: {self.out}", markup=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,10 +189,10 @@ class Index:
             show_progress_bar=not self.json,
         ).meta
         if self.json:
-            _print_json({"documents": meta["documents"]["count"], "experts": meta["experts"]})
+            print_json({"documents": meta["documents"]["count"], "experts": meta["experts"]})
             return
-        _OUT.print(index_table(meta))
-        _OUT.print(f"Index: {self.out}", markup=False)
+        OUT.print(index_table(meta))
+        OUT.print(f"Index: {self.out}", markup=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +218,7 @@ class Search:
         [hits], [routed] = retriever.hits(found), found.routes
         if self.json:
             fields = ("rank", "id", "score", "expert", "title", "text")
-            _print_json(
+            print_json(
                 {
                     "query": self.query,
                     "experts": routed.experts,
@@ -229,12 +229,12 @@ class Search:
             return
         _print_route(routed)
         for hit in hits:
-            _OUT.print(
-                f"\n{hit.rank}. {hit.score:.3f}  {_shown(hit.title or hit.id, 100)}  ({hit.expert}/{_shown(hit.id, 60)})",
+            OUT.print(
+                f"\n{hit.rank}. {hit.score:.3f}  {shown_line(hit.title or hit.id, 100)}  ({hit.expert}/{shown_line(hit.id, 60)})",
                 markup=False,
                 style="bold",
             )
-            _OUT.print(f"   {_shown(hit.text, 240)}", markup=False)
+            OUT.print(f"   {shown_line(hit.text, 240)}", markup=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +253,7 @@ class Route:
 
         route = Retriever.load(self.index).route([self.query])[0]
         if self.json:
-            _print_json(
+            print_json(
                 {
                     "query": self.query,
                     "probabilities": route.probabilities,
@@ -264,7 +264,7 @@ class Route:
             return
         _print_route(route)
         for name, probability in sorted(route.probabilities.items(), key=lambda item: -item[1]):
-            _OUT.print(f"  {name:<24} {probability:7.2%}  {'█' * round(30 * probability)}", markup=False)
+            OUT.print(f"  {name:<24} {probability:7.2%}  {'█' * round(30 * probability)}", markup=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,10 +306,10 @@ class Evaluate:
             show_progress_bar=not self.json,
         )
         if self.json:
-            _print_json(report)
+            print_json(report)
         else:
             for table in report_tables(report):
-                _OUT.print(table)
+                OUT.print(table)
 
 
 Command = (
@@ -326,7 +326,7 @@ Command = (
 def main() -> None:
     """Runs one command. Exit code 0 only on success; 1 for errors, 2 for wrong usage, 130 for an interrupt."""
     if sys.argv[1:] == ["--version"]:
-        _OUT.print(f"moeret {version('moeret')}")
+        OUT.print(f"moeret {version('moeret')}")
         return
     command = None
     try:
@@ -341,25 +341,16 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MoeretError as error:
-        _fail(str(error))
+        fail(str(error))
     except SafetensorError as error:  # the safetensors library's own word for a disk that is full
-        _fail(f"{error}; what was published is whole")
+        fail(f"{error}; what was published is whole")
     except OSError as error:
         place = error.filename2 or error.filename
-        _fail(f"{error.strerror or error}{f': {place}' if place else ''}; what was published is whole")
+        fail(f"{error.strerror or error}{f': {place}' if place else ''}; what was published is whole")
     except KeyboardInterrupt:
         resumable = isinstance(getattr(command, "command", command), Quickstart | Train | Index | ExpertsAdd)
-        _complain("interrupted" + ("; the same command goes on from where it was saved last" if resumable else ""))
+        complain("interrupted" + ("; the same command goes on from where it was saved last" if resumable else ""))
         sys.exit(130)
-
-
-def _fail(message: str) -> None:
-    _complain(f"error: {message}")
-    sys.exit(1)
-
-
-def _complain(message: str) -> None:
-    sys.stderr.write(f"moeret: {message}\n")
 
 
 def _whole(text: str | None) -> int | None:
@@ -367,13 +358,9 @@ def _whole(text: str | None) -> int | None:
     return None if text is None else int(text)
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
 def _print_route(route: Any) -> None:
     used = ", ".join(f"{name} {weight:.0%}" for name, weight in route.experts.items())
-    _OUT.print(f"experts: {used or 'none; the router abstains to the base'}", markup=False)
+    OUT.print(f"experts: {used or 'none; the router abstains to the base'}", markup=False)
 
 
 def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
@@ -384,7 +371,7 @@ def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
     rows = [{key: entry[key] for key in keys} for entry in meta["experts"]]
     router = meta["router"]
     if as_json:
-        _print_json(
+        print_json(
             {
                 "base": meta["base"]["name"],
                 "tower": meta["tower"],
@@ -397,13 +384,7 @@ def _print_experts(meta: dict[str, Any], as_json: bool) -> None:
     from moeret.evaluation.tables import model_tables
 
     for part in model_tables(meta):
-        _OUT.print(part, markup=False)
-
-
-def _shown(text: str, width: int) -> str:
-    """One line of at most `width` characters, without control characters that could drive the terminal."""
-    line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", text).split())
-    return line if len(line) <= width else line[: width - 1] + "…"
+        OUT.print(part, markup=False)
 
 
 if __name__ == "__main__":

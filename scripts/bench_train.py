@@ -27,11 +27,11 @@ from moeret.config import DEFAULT_BASE, TrainConfig
 from moeret.data.plan import BatchPlan
 from moeret.models import experts
 from moeret.models.embed import Embedder
+from moeret.models.mesh import make_mesh
 from moeret.models.model import VECTORS
 from moeret.models.pretrained import find_base
 from moeret.training.batches import Batches
 from moeret.training.learn import fit_experts
-from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared, prepare, read_domains
 from moeret.training.routing import dev_ndcg
 from moeret.training.step import TrainState, add_batch, learning_rates, make_optimizer, update, zero_totals
@@ -79,7 +79,7 @@ def our_steps(data: Prepared, embedder: Embedder, config: TrainConfig) -> Callab
     texts = [document.contents for document in data.domains[0].corpus]
     layers = experts.trunk_layers(bank, base.config)
     batches = Batches(
-        base.config, layers, base.params, data.pool, base.tokenizer(texts), data.sets, config, data_mesh()
+        base.config, layers, base.params, data.pool, base.tokenizer(texts), data.sets, config, make_mesh()
     )
     optimizer = make_optimizer(config)
     state = jax.device_put(TrainState(bank, optimizer.init(bank)))
@@ -91,7 +91,7 @@ def our_steps(data: Prepared, embedder: Embedder, config: TrainConfig) -> Callab
             for expert, batch in batches.step(step, np.ones(1, bool)):
                 totals = add_batch(batches.static, batches.frozen, state.bank, totals, expert, batch)
             rates = learning_rates(config, batches.limits, step)
-            state = update(optimizer, state, totals.gradients, jax.numpy.asarray(rates))
+            state = update(batches.mesh, optimizer, state, totals.gradients, jax.numpy.asarray(rates))
         jax.block_until_ready(state)
 
     return run

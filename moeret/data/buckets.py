@@ -137,6 +137,8 @@ _PACKED = 128
 """Length of a row of packed texts: long enough to waste little, short enough for attention to cost little."""
 _TOKENS_PER_TEXT = 4
 """A row holds at most one text for so many tokens."""
+_ANY_ROWS = 4
+"""More rows are rounded up to a power of two, so that few shapes are compiled."""
 
 
 def packs(lengths: Int[np.ndarray, "N"], tokens: int = TOKENS_PER_BATCH) -> Iterator[Pack]:
@@ -159,7 +161,9 @@ def packs(lengths: Int[np.ndarray, "N"], tokens: int = TOKENS_PER_BATCH) -> Iter
         left[row] -= int(lengths[text])
     size = max(1, tokens // length)
     for start in range(0, len(rows), size):
-        yield Pack(rows[start : start + size], length)
+        own = rows[start : start + size]
+        spare = 0 if len(own) <= _ANY_ROWS else (1 << (len(own) - 1).bit_length()) - len(own)
+        yield Pack([*own, *([] for _ in range(spare))], length)
 
 
 def power_of_four(count: int) -> int:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from moeret.data.buckets import length_batches, packs, pad, standard_edges
+from moeret.data.buckets import TOKENS_PER_BATCH, length_batches, packs, pad, standard_edges
 from moeret.models.encoder import EncoderConfig, cast_kernels, matrix_shapes, token_moments, with_params
 from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
+from moeret.models.mesh import local_mesh, replicate, row_devices, shard_base, shard_rows
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
 from moeret.progress import Advance
@@ -24,6 +26,8 @@ _MANY = 64
 """Texts of one expert that need no regrouping."""
 _HELD = 512
 """Texts whose tokens' hidden states wait for their experts at most."""
+_TOKENS_ON_ACCELERATOR = 2**15
+"""Padded tokens in a batch where there is no processor's cache to keep to."""
 _LEAST_USED = 4
 """A program for mixed texts takes so many experts at least, so that few are compiled."""
 _SAME_WEIGHT = 0.02
@@ -95,11 +99,12 @@ class Hidden(NamedTuple):
 
 
 class Embedder:
-    """Embeds texts with the base and any mix of the bank's experts (expert 0, the base, in front)."""
+    """Embeds texts with the base and any mix of the bank's experts (expert 0, the base, in front), on a mesh of this process."""
 
-    def __init__(self, base: Base, bank: Bank, shared: Shared | None = None):
-        self.base_encoder = base
-        self._params, self._precision = base.params, jnp.dtype(jnp.float32)
+    def __init__(self, base: Base, bank: Bank, shared: Shared | None = None, mesh: Mesh | None = None):
+        self.mesh = mesh or local_mesh()
+        self.base_encoder = dataclasses.replace(base, params=shard_base(self.mesh, base.params))
+        self._params, self._precision = self.base_encoder.params, jnp.dtype(jnp.float32)
         self.width = base.config.width
         self._set(bank, shared)
 
@@ -127,11 +132,11 @@ class Embedder:
             params = fold(params, self._shared, float(self._strengths[expert]))
         encoder = dataclasses.replace(self.base_encoder, params=params)
         nothing = jax.tree.map(lambda leaf: leaf[:1], self.bank)
-        return Embedder(encoder, nothing).in_precision(self._precision)
+        return Embedder(encoder, nothing, mesh=self.mesh).in_precision(self._precision)
 
     def _set(self, bank: Bank, shared: Shared | None) -> None:
-        self.bank, self.trunk_layers = jax.device_put(bank), trunk_layers(bank, self.base_encoder.config)
-        self._shared = None if shared is None else jax.device_put(shared.delta)
+        self.bank, self.trunk_layers = replicate(self.mesh, bank), trunk_layers(bank, self.base_encoder.config)
+        self._shared = None if shared is None else replicate(self.mesh, shared.delta)
         self._strengths = None if shared is None else shared.strengths
         self._kept: dict[int, Embedder] = {}
 
@@ -159,8 +164,8 @@ class Embedder:
             ids = encoder.tokenizer(texts[start : start + _CHUNK])
             counts = np.array([len(own) for own in ids])
             edges = standard_edges(encoder.tokenizer.max_length, int(counts.sum()))
-            for batch in length_batches(counts, edges):
-                padded, lengths = jax.device_put(pad(ids, batch))
+            for batch in length_batches(counts, edges, _tokens_per_batch(), row_devices(self.mesh)):
+                padded, lengths = shard_rows(self.mesh, pad(ids, batch))
                 x, moments = _trunk(encoder.config, self.trunk_layers, self._params, padded, lengths)
                 yield Hidden(start + batch.rows, x, moments, lengths)
 
@@ -249,9 +254,9 @@ class Embedder:
         for start in range(0, len(texts), _HELD):
             ids = encoder.tokenizer(texts[start : start + _HELD])
             out: list[np.ndarray] = [np.empty(0)] * len(ids)
-            for pack in packs(np.array([len(own) for own in ids])):
+            for pack in packs(np.array([len(own) for own in ids]), _tokens_per_batch()):
                 order, tokens, places, positions = pack.arrays(ids)
-                arrays = jax.device_put((tokens, places, positions))
+                arrays = replicate(self.mesh, (tokens, places, positions))
                 states = np.asarray(_packed_trunk(encoder.config, self.trunk_layers, self._params, *arrays))
                 for place, text in enumerate(order):
                     out[text] = states[places == place]
@@ -280,9 +285,9 @@ class Embedder:
     def _run_packed(self, states: Sequence[Float[np.ndarray, "L D"]]) -> Float[np.ndarray, "B D"]:
         """Base embeddings."""
         out, config = np.empty((len(states), self.width), np.float32), self.base_encoder.config
-        for pack in packs(np.array([len(own) for own in states])):
+        for pack in packs(np.array([len(own) for own in states]), _tokens_per_batch()):
             order, tokens, places, _ = pack.arrays(states)
-            arrays = jax.device_put((tokens, places))
+            arrays = replicate(self.mesh, (tokens, places))
             vectors = _packed_branch(config, self.trunk_layers, pack.most, self._params, *arrays)
             out[order] = np.asarray(vectors)[: len(order)]
         return out
@@ -295,10 +300,10 @@ class Embedder:
     ) -> Float[np.ndarray, "B D"]:
         """Embeddings by each text's own mix."""
         out, config = np.empty((len(states), self.width), np.float32), self.base_encoder.config
-        for pack in packs(np.array([len(own) for own in states])):
+        for pack in packs(np.array([len(own) for own in states]), _tokens_per_batch()):
             order, tokens, places, _ = pack.arrays(states)
             mixture = self._mixture(experts[order], weights[order], pack.most)
-            arrays = jax.device_put((tokens, places, mixture))
+            arrays = replicate(self.mesh, (tokens, places, mixture))
             vectors = _mixed_branch(config, self.trunk_layers, self._params, self.bank, self._shared, *arrays)
             out[order] = np.asarray(vectors)[: len(order)]
         return out
@@ -313,6 +318,11 @@ class Embedder:
         if self._strengths is not None:
             shared = own[:, : len(used)] @ self._strengths[used]
         return Mixture(np.pad(used, (0, width - len(used))).astype(np.int32), own, shared)
+
+
+def _tokens_per_batch() -> int:
+    """Padded tokens that a device encodes at a time."""
+    return TOKENS_PER_BATCH if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATOR
 
 
 _MIXED = -1

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
@@ -201,7 +200,7 @@ def _max_length(folder: Path) -> int:
 
 
 def _load_weights(path: Path, config: EncoderConfig) -> nnx.State:
-    """The encoder's parameters, filled from a safetensors file: shapes first, then arrays."""
+    """The encoder's parameters in host memory, filled from a safetensors file: shapes first, then arrays."""
     wanted = nnx.to_flat_state(skeleton(config)[1])
     problems, arrays = [], []
     try:
@@ -224,7 +223,7 @@ def _load_weights(path: Path, config: EncoderConfig) -> nnx.State:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BaseEncoderError(f"{path} does not fit its config.json: {'; '.join(problems[:5])}{more}")
-    return jax.device_put(nnx.from_flat_state([(route, nnx.Param(array)) for route, array in arrays]))
+    return nnx.from_flat_state([(route, nnx.Param(array)) for route, array in arrays])
 
 
 def _canonical(key: str) -> str:

@@ -14,8 +14,8 @@ from moeret.data.buckets import Batch, bucket_edges, length_batches, pad
 from moeret.data.negatives import mine_hard_negatives
 from moeret.data.plan import BatchPlan, Tally, training_buckets
 from moeret.models.encoder import EncoderConfig, cast_kernels
+from moeret.models.mesh import replicate, row_devices, shard_base, shard_rows
 from moeret.training.losses import Pool
-from moeret.training.mesh import replicate, shard_rows
 from moeret.training.step import Chunk, Frozen, PairBatch, QueryBatch, Static, TextBatch
 from moeret.types import SHARED_EXPERT as SHARED
 
@@ -54,16 +54,18 @@ class Batches:
         shared: bool = False,
     ):
         self.names = (SHARED,) if shared else tuple(own.name for own in sets)
-        self.mesh, self.static = mesh, Static(encoder, layers, config.temperature, config.mini_batch_size)
+        self.mesh, self.static = mesh, Static(encoder, layers, config.temperature, config.mini_batch_size, mesh)
         dtype = jnp.dtype(config.precision)
         columns = None if document_ids else Pool(pool.astype(dtype), np.ascontiguousarray(pool.T).astype(dtype))
-        self.frozen = replicate(mesh, Frozen(cast_kernels(params, dtype), columns))
+        self.frozen = Frozen(shard_base(mesh, cast_kernels(params, dtype)), replicate(mesh, columns))
         self.limits = np.array([config.steps]) if shared else _limits(sets, config)
         self._sets, self._config, self._document_ids, self._shared = sets, config, document_ids, shared
         self.tally = Tally()
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
         names = [own.name for own in sets]
-        self._plan = BatchPlan.make(names, lengths, config.batch_size, config.seed, int(self.limits.max()), mesh.size)
+        self._plan = BatchPlan.make(
+            names, lengths, config.batch_size, config.seed, int(self.limits.max()), row_devices(mesh)
+        )
         if document_ids is None:
             most = max(len(positives) for own in sets for positives in own.positives)
             self._positives = [_padded(own.positives, most) for own in sets]
@@ -105,7 +107,7 @@ class Batches:
         columns = np.concatenate([chosen, np.take_along_axis(mined[queries], picks, axis=1).ravel()])
         ids = [*(own.queries[q] for q in queries), *(self._document_ids[row] for row in columns)]
         counts = np.array([len(each) for each in ids])
-        chunks = length_batches(counts, self._edges, TOKENS_PER_CHUNK, self.mesh.size)
+        chunks = length_batches(counts, self._edges, TOKENS_PER_CHUNK, row_devices(self.mesh))
         of_rows = {
             "weights": np.full(len(queries), 1 / self._config.batch_size, np.float32),
             "positives": np.stack([np.isin(columns, own.positives[q]) for q in queries]),

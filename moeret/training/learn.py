@@ -12,17 +12,18 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from moeret import artifact
 from moeret.config import TrainConfig
 from moeret.models import experts
 from moeret.models.embed import Embedder
+from moeret.models.mesh import make_mesh, model_devices
 from moeret.progress import progress_bar
 from moeret.training.batches import Batches
 from moeret.training.blend import Blended, DevBlends
 from moeret.training.loop import Fitted, fit
-from moeret.training.mesh import data_mesh
 from moeret.training.prepare import Prepared
 from moeret.training.strength import OWN, Strengths, choose_strength, choose_strengths, try_strengths
 from moeret.training.towers import BothTowers, QueryTower, by_group, mean_over_domains
@@ -60,7 +61,8 @@ def learn_shared(
     shape = dataclasses.replace(config.expert, rank=config.expert.shared_rank)
     bank = experts.init_bank(base.config, shape, [_key(config.seed, SHARED_EXPERT)])
     tower, layers = QueryTower(data, embedder), experts.trunk_layers(bank, base.config)
-    batches = Batches(base.config, layers, base.params, data.pool, None, data.sets, own, data_mesh(), shared=True)
+    mesh = _training_mesh(embedder)
+    batches = Batches(base.config, layers, base.params, data.pool, None, data.sets, own, mesh, shared=True)
     work.mkdir(parents=True, exist_ok=True)
 
     def look(bank: experts.Bank, _: np.ndarray) -> np.ndarray:
@@ -94,7 +96,8 @@ def fit_experts(
     # A key made from the name, so that an expert starts alike whoever trains beside it.
     bank = experts.init_bank(base.config, config.expert, [_key(config.seed, own.name) for own in data.sets])
     layers = experts.trunk_layers(bank, base.config)
-    batches = Batches(base.config, layers, base.params, data.pool, tower.document_ids, data.sets, config, data_mesh())
+    mesh = _training_mesh(embedder)
+    batches = Batches(base.config, layers, base.params, data.pool, tower.document_ids, data.sets, config, mesh)
 
     def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
         return by_group(tower.values(bank, active), tower.seen)
@@ -170,6 +173,11 @@ def _blended(
             return blends.of_expert(number, vectors[number], encode)
 
         return [of(number) for number in range(len(data.sets))]
+
+
+def _training_mesh(embedder: Embedder) -> Mesh:
+    """All processes' devices, the base split as the embedder splits it."""
+    return make_mesh(model_devices=model_devices(embedder.mesh))
 
 
 def _key(seed: int, name: str) -> jax.Array:

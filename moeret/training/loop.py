@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 
 from moeret.config import TrainConfig, require
 from moeret.models.experts import Bank
+from moeret.models.mesh import replicate
 from moeret.processes import from_owners, is_first, is_mine
 from moeret.progress import progress_bar
 from moeret.training.batches import Batches
 from moeret.training.checkpoint import Checkpoints
-from moeret.training.mesh import replicate
 from moeret.training.step import TrainState, add_batch, learning_rates, make_optimizer, update, zero_totals
 
 Evaluate = Callable[[Bank, Bool[np.ndarray, "E"]], Float[np.ndarray, "E 3"]]
@@ -139,7 +139,7 @@ def fit(
                 for expert, batch in batches.step(step, active):
                     totals = add_batch(batches.static, batches.frozen, state.bank, totals, expert, batch)
                 rates = np.where(active, learning_rates(config, limits, step), np.float32(0))
-                state = update(optimizer, state, totals.gradients, replicate(batches.mesh, rates))
+                state = update(batches.mesh, optimizer, state, totals.gradients, replicate(batches.mesh, rates))
                 losses = np.asarray(totals.losses)
                 step += 1
                 seconds = time.monotonic() - started

@@ -20,6 +20,7 @@ from moeret.errors import ConfigError
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.memory import Blend
+from moeret.models.mesh import local_mesh
 from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers, read_shared
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
@@ -38,17 +39,19 @@ def train(
     *,
     base: str = DEFAULT_BASE,
     config: TrainConfig | None = None,
+    model_devices: int = 1,
     show_progress_bar: bool = False,
 ) -> Artifact:
     """Trains one expert per domain (name -> BEIR folder, in any order) and a router, and publishes the model at `out`.
 
     A run that was cut off goes on where it stopped when this is called again with the same arguments; a finished one is
     returned as it is. Only the train and dev splits are ever read. The processes of a distributed run (`jax.distributed`) train one
-    model: call this in all of them, with the same arguments and an `out` that all see.
+    model: call this in all of them, with the same arguments and an `out` that all see. So many `model_devices` hold a base
+    together that does not fit one of them.
 
     Raises:
       DataError: a folder that cannot be trained from.
-      ConfigError: `out` holds a model or an unfinished run made with other arguments.
+      ConfigError: `out` holds a model or an unfinished run made with other arguments, or the devices cannot split the base so.
       BaseEncoderError: the base cannot be found or loaded.
       BusyError: another process is training there.
     """
@@ -82,8 +85,9 @@ def train(
                 "use `moeret experts`, or choose another directory",
             )
             return finished
+        nothing = experts.base_alone(encoder.config, config.expert)
+        embedder = Embedder(encoder, nothing, mesh=local_mesh(model_devices))
         work = _open_work(out / WORK, request)
-        embedder = Embedder(encoder, experts.base_alone(encoder.config, config.expert))
         data = prepare(read, embedder, config, work / VECTORS, show_progress_bar=show_progress_bar)
         embedder, shared = embedder.in_precision(config.precision), None
         blends = DevBlends(data) if config.tower == "query" else None

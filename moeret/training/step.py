@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moeret.config import TrainConfig
 from moeret.models.encoder import EncoderConfig, unit, with_params
 from moeret.models.experts import Bank
+from moeret.models.mesh import keep_whole
 from moeret.training.losses import Pool, decoupled_softmax, pooled_decoupled_softmax
 
 MAX_NORM = 1.0
@@ -33,6 +35,7 @@ class Static(NamedTuple):
     layers: int  # of the trunk
     temperature: float
     mini_batch_size: int
+    mesh: Mesh
 
 
 class TextBatch(NamedTuple):
@@ -180,7 +183,8 @@ def add_queries(
         return (in_parts(of_rows, (queries, batch.positives), static.mini_batch_size) * batch.weights).sum()
 
     value, gradients = jax.value_and_grad(loss)(_take(bank, expert))
-    return Totals(_add(totals.gradients, expert, gradients), totals.losses.at[expert].add(value))
+    total = Totals(_add(totals.gradients, expert, gradients), totals.losses.at[expert].add(value))
+    return keep_whole(static.mesh, total)
 
 
 @jax.jit(static_argnames=("static", "kept"), donate_argnames=("vectors",))
@@ -214,7 +218,7 @@ def _pull_back(
     if pull is None:
         pull = jax.vjp(_embed_chunk(static, params, chunk), _take(bank, expert))[1]
     (own,) = pull(gradients.at[chunk.places].get(mode="fill", fill_value=0.0))
-    return totals._replace(gradients=_add(totals.gradients, expert, own))
+    return keep_whole(static.mesh, totals._replace(gradients=_add(totals.gradients, expert, own)))
 
 
 @jax.jit(static_argnames=("static",))
@@ -247,9 +251,13 @@ def _add(totals: Bank, expert: Int[Array, ""], gradients: Bank) -> Bank:
     return jax.tree.map(lambda total, own: total.at[expert].add(own), totals, gradients)
 
 
-@jax.jit(static_argnames=("optimizer",), donate_argnames=("state",))
+@jax.jit(static_argnames=("mesh", "optimizer"), donate_argnames=("state",))
 def update(
-    optimizer: optax.GradientTransformation, state: TrainState, gradients: Bank, rates: Float[Array, "E"]
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradients: Bank,
+    rates: Float[Array, "E"],
 ) -> TrainState:
     """One optimizer step of clipped gradients, each expert at its own rate; 0 leaves its weights as they are."""
     norms = jnp.sqrt(sum((leaf**2).sum(axis=(1, 2)) for leaf in jax.tree.leaves(gradients)))
@@ -258,4 +266,4 @@ def update(
     with jax.numpy_dtype_promotion("standard"):  # optax's bias correction raises a float to an integer count
         updates, opt_state = optimizer.update(clipped, state.opt_state, state.bank)
     updates = jax.tree.map(lambda leaf: -rates[:, None, None] * leaf, updates)
-    return TrainState(optax.apply_updates(state.bank, updates), opt_state)
+    return keep_whole(mesh, TrainState(optax.apply_updates(state.bank, updates), opt_state))

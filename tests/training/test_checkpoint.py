@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moeret.models.mesh import make_mesh, replicate, shard_rows
 from moeret.training.checkpoint import Checkpoints
-from moeret.training.mesh import data_mesh, replicate, shard_rows
 
 
 def test_the_newest_two_are_kept_and_the_newest_comes_back(tmp_path):
@@ -22,8 +22,8 @@ def test_the_newest_two_are_kept_and_the_newest_comes_back(tmp_path):
 
 def test_a_checkpoint_of_four_devices_restores_on_one(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
-        checkpoints.save(1, {"a": shard_rows(data_mesh(), jnp.arange(8.0))})
-    one = data_mesh(jax.devices()[:1])
+        checkpoints.save(1, {"a": shard_rows(make_mesh(), jnp.arange(8.0))})
+    one = make_mesh(jax.devices()[:1])
     with Checkpoints(tmp_path / "c") as checkpoints:
         _, back = checkpoints.restore({"a": replicate(one, jnp.zeros(8))})
     np.testing.assert_array_equal(back["a"], np.arange(8.0))

@@ -76,6 +76,19 @@ def test_nothing_that_training_chooses_has_seen_the_test_split(two_domains, base
         assert {**own, "request": None} == {**other, "request": None}  # files are named by their digests
 
 
+def test_a_base_in_parts_trains_the_same_experts(two_domains, base_folder, short, undisturbed, tmp_path):
+    alone = dataclasses.replace(short, expert=dataclasses.replace(short.expert, shared_rank=0))
+    moeret.train(two_domains, tmp_path / "m", base=str(base_folder), config=alone, model_devices=2)
+
+    def losses(folder: Path) -> list[float]:
+        lines = [json.loads(line) for line in (folder / "training/metrics.jsonl").read_text().splitlines()]
+        return [value for line in lines if "loss" in line for value in line["loss"].values()]
+
+    own = losses(tmp_path / "m")
+    assert len(own) == 24
+    np.testing.assert_allclose(own, losses(undisturbed.root), rtol=1e-4)
+
+
 def test_an_interrupt_loses_only_the_steps_since_the_last_checkpoint(
     two_domains, base_folder, short, tmp_path, monkeypatch
 ):

@@ -9,11 +9,11 @@ import pytest
 from moeret.data.buckets import Batch
 from moeret.models import experts
 from moeret.models.embed import Embedder
+from moeret.models.mesh import make_mesh, replicate
 from moeret.models.pretrained import load_base
 from moeret.training import batches as training_batches
 from moeret.training import step
 from moeret.training.batches import Batches
-from moeret.training.mesh import data_mesh, replicate
 from moeret.training.prepare import prepare, read_domains
 from moeret.training.step import TrainState, add_batch, learning_rates, make_optimizer, update, zero_totals
 from moeret.training.towers import BothTowers
@@ -35,14 +35,14 @@ def prepared(base_folder, domains, train_config, tmp_path_factory):
     return embedder, prepare(read_domains(domains), embedder, config, cache, show_progress_bar=False)
 
 
-def run_steps(prepared, config, names, devices, steps=3):
+def run_steps(prepared, config, names, devices, steps=3, model_devices=1):
     """(losses of the last step, bank) after a few steps of the named experts on so many devices."""
     embedder, data = prepared
     sets = [own for own in data.sets if own.name in names]
     keys = [jax.random.key(ord(own.name[0])) for own in sets]
     base = embedder.base_encoder
     bank = experts.init_bank(base.config, config.expert, keys)
-    mesh = data_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:devices], model_devices)
     ids = BothTowers(data, embedder).document_ids if config.tower == "both" else None
     layers = experts.trunk_layers(bank, base.config)
     batches = Batches(base.config, layers, base.params, data.pool, ids, sets, config, mesh)
@@ -54,15 +54,15 @@ def run_steps(prepared, config, names, devices, steps=3):
         for expert, batch in batches.step(number, active):
             totals = add_batch(batches.static, batches.frozen, state.bank, totals, expert, batch)
         rates = learning_rates(config, batches.limits, number)
-        state = update(optimizer, state, totals.gradients, jax.numpy.asarray(rates))
+        state = update(mesh, optimizer, state, totals.gradients, jax.numpy.asarray(rates))
     return np.asarray(totals.losses), jax.device_get(state.bank)
 
 
-@pytest.mark.parametrize("tower", ["query", "both"])
-def test_a_sharded_step_equals_the_one_device_step(prepared, train_config, tower):
+@pytest.mark.parametrize(("tower", "model_devices"), [("query", 1), ("both", 1), ("query", 4), ("both", 2)])
+def test_a_sharded_step_equals_the_one_device_step(prepared, train_config, tower, model_devices):
     config = dataclasses.replace(train_config, tower=tower, hard_negatives=2)
     one, one_bank = run_steps(prepared, config, ("fruit", "metal"), devices=1)
-    four, four_bank = run_steps(prepared, config, ("fruit", "metal"), devices=4)
+    four, four_bank = run_steps(prepared, config, ("fruit", "metal"), devices=4, model_devices=model_devices)
     np.testing.assert_allclose(four, one, rtol=1e-5)
     # Adam divides by the gradient's own size, so rounding near zero gradients may grow to a share of the step.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), four_bank, one_bank)
@@ -76,7 +76,7 @@ def totals_of(prepared, config, devices=1):
     bank = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(9), leaf.shape), bank)
     ids = BothTowers(data, embedder).document_ids if config.tower == "both" else None
     layers = experts.trunk_layers(bank, base.config)
-    mesh = data_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:devices])
     batches = Batches(base.config, layers, base.params, data.pool, ids, data.sets[:1], config, mesh)
     ((expert, batch),) = batches.step(0, np.ones(1, bool))
     bank = replicate(mesh, bank)
@@ -144,7 +144,7 @@ def test_as_many_programs_are_compiled_as_shapes_are_read(prepared, train_config
     base = embedder.base_encoder
     bank = experts.init_bank(base.config, config.expert, [jax.random.key(n) for n in range(3)])
     ids = BothTowers(data, embedder).document_ids if tower == "both" else None
-    mesh = data_mesh(jax.devices()[:1])
+    mesh = make_mesh(jax.devices()[:1])
     layers = experts.trunk_layers(bank, base.config)
     batches = Batches(base.config, layers, base.params, data.pool, ids, data.sets, config, mesh)
     program = step.add_queries if tower == "query" else step._pull_back
@@ -177,7 +177,7 @@ def test_a_stopped_expert_keeps_its_weights(prepared, train_config):
     gradients = jax.tree.map(jax.numpy.ones_like, bank)
     state = TrainState(jax.tree.map(jax.numpy.copy, bank), optimizer.init(bank))
     rates = jax.numpy.asarray([0.01, 0.0])
-    state = update(optimizer, state, jax.tree.map(jax.numpy.copy, gradients), rates)
+    state = update(make_mesh(jax.devices()[:1]), optimizer, state, jax.tree.map(jax.numpy.copy, gradients), rates)
     moved = jax.tree.map(
         lambda new, old: (bool((new[0] != old[0]).all()), bool((new[1] == old[1]).all())), state.bank, bank
     )
@@ -206,7 +206,7 @@ def test_bfloat16_products_give_the_gradient_of_float32_but_for_rounding(prepare
         ids = BothTowers(data, embedder).document_ids if tower == "both" else None
         layers = experts.trunk_layers(bank, base.config)
         batches = Batches(
-            base.config, layers, base.params, data.pool, ids, data.sets, config, data_mesh(jax.devices()[:1])
+            base.config, layers, base.params, data.pool, ids, data.sets, config, make_mesh(jax.devices()[:1])
         )
         totals = zero_totals(bank)
         for expert, batch in batches.step(0, np.ones(3, bool)):
@@ -228,7 +228,13 @@ def test_a_long_gradient_counts_as_a_short_one_of_its_direction(prepared, train_
     gradients = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), bank)
     norm = float(jax.numpy.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradients))))
     state = TrainState(jax.tree.map(jax.numpy.copy, bank), optimizer.init(bank))
-    state = update(optimizer, state, jax.tree.map(lambda leaf: leaf * size, gradients), jax.numpy.asarray([0.01]))
+    state = update(
+        make_mesh(jax.devices()[:1]),
+        optimizer,
+        state,
+        jax.tree.map(lambda leaf: leaf * size, gradients),
+        jax.numpy.asarray([0.01]),
+    )
     first = jax.tree.leaves(state.opt_state)
     moments = [leaf for leaf in first if getattr(leaf, "ndim", 0) == 3][: len(jax.tree.leaves(bank))]
     length = float(jax.numpy.sqrt(sum((leaf**2).sum() for leaf in moments)))
