@@ -148,7 +148,7 @@ def packs(lengths: Int[np.ndarray, "N"], tokens: int = TOKENS_PER_BATCH) -> Iter
     """
     length = max(_PACKED, 1 << int(lengths.max() - 1).bit_length())
     least = max(int(lengths.sum()), _TOKENS_PER_TEXT * len(lengths))
-    length = min(length, *(edge for edge in _FEW if edge >= least), length)
+    length = min([length, *(edge for edge in _FEW if edge >= least)])
     rows: list[list[int]] = []
     left: list[int] = []
     for text in np.argsort(-lengths, kind="stable").tolist():

@@ -51,8 +51,8 @@ def _plain_branch(
     return with_params(encoder, params).branch(x, lengths, layers, {})
 
 
-Revise = Callable[[Int[np.ndarray, "B"], Choice, Float[np.ndarray, "B D"]], Choice]
-"""What is chosen for texts, by their numbers, once their embeddings by a first choice are known."""
+Revise = Callable[[slice, Choice, Float[np.ndarray, "B D"]], Choice]
+"""What is chosen for some of the texts, given their places, once their embeddings by a first choice are known."""
 
 
 @jax.jit(static_argnames=("encoder", "layers"))

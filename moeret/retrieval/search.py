@@ -275,7 +275,7 @@ class Retriever:
         router = dataclasses.replace(router, familiarity=None)
         strangeness = np.empty(len(texts), np.float32)
 
-        def revise(rows: np.ndarray, first: Choice, vectors: np.ndarray) -> Choice:
+        def revise(rows: slice, first: Choice, vectors: np.ndarray) -> Choice:
             probabilities, strangeness[rows] = self._evidence.weigh(vectors, first.probabilities)
             return router.pick(probabilities)
 
