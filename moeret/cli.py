@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from safetensors import SafetensorError
 
-from moeret.config import DEFAULT_BASE, IndexConfig, RouteMode, TrainConfig, require
+from moeret.config import DEFAULT_BASE, IndexConfig, Precision, RouteMode, TrainConfig, require
 from moeret.data.beir import parse_domains
 from moeret.errors import MoeretError
 from moeret.terminal import OUT, complain, fail, print_json, shown_line
@@ -285,6 +285,8 @@ class Evaluate:
     router's experts, everywhere."""
     baselines: bool = False
     """Also score BM25 over the pool, the base in one HNSW over the pool, and the oracle."""
+    precision: Precision = "float32"
+    """Of the products that embed queries; bfloat16 is faster where the processor multiplies it."""
     run_file: Annotated[Path | None, tyro.conf.arg(name="run", metavar="FILE.trec")] = None
     """Write the route's hits as a TREC run."""
     json: bool = False
@@ -297,7 +299,7 @@ class Evaluate:
 
         domains = parse_domains([item for group in self.domain for item in group])
         report = evaluate(
-            Retriever.load(self.index),
+            Retriever.load(self.index, precision=self.precision),
             domains,
             split=self.split,
             route=self.route,

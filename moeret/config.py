@@ -6,7 +6,7 @@ The command line is made from these classes, so a field's docstring is its help 
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moeret.errors import ConfigError
 
@@ -97,9 +97,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.tower in ("query", "both"), f"tower must be query or both, got {self.tower!r}")
-        require(
-            self.precision in ("float32", "bfloat16"), f"precision must be float32 or bfloat16, got {self.precision!r}"
-        )
+        require(self.precision in get_args(Precision), f"precision must be float32 or bfloat16, got {self.precision!r}")
         for name in ("shared_steps", "batch_size", "mini_batch_size", "evaluate_every", "patience", "dev_queries"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(
@@ -131,8 +129,12 @@ class IndexConfig:
     """Segments with fewer vectors than this are searched exactly instead of by a graph."""
     seed: int = 0
     """HNSW: seed of the layers' random heights."""
+    precision: Precision = "float32"
+    """Of the products that embed documents, summed in float32 either way; bfloat16 is faster where the processor multiplies
+    it. What training has embedded is in float32."""
 
     def __post_init__(self) -> None:
+        require(self.precision in get_args(Precision), f"precision must be float32 or bfloat16, got {self.precision!r}")
         require(2 <= self.M <= 256, f"M must be in [2, 256], got {self.M}")
         require(
             self.M <= self.ef_construction <= 10**6,

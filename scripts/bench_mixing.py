@@ -1,10 +1,10 @@
-"""Three ways to add each text's own mix of experts to one layer's products: which is fastest, for how many experts.
+"""Ways to add each text's own mix of experts to one layer's products: which is fastest, for how many experts.
 
   python -m scripts.bench_mixing [--repeats R]
 
-Columns: the factors of all experts in use side by side, of which each token takes its text's (what moeret does). Gather: each
-text's own factors. Grouped: tokens sorted by expert, `jax.lax.ragged_dot`. All on the same packed tokens, in float32. A minute.
-Writes a section of BENCHMARKS.md.
+Columns: the factors of all experts in use side by side, of which each token takes its text's; also with texts in groups that use
+few experts, one group after another, which is what moeret does. Gather: each text's own factors. Grouped product: tokens sorted by
+expert, `jax.lax.ragged_dot`. All on the same texts, in float32. A minute. Writes a section of BENCHMARKS.md.
 """
 
 import argparse
@@ -18,12 +18,14 @@ from jaxtyping import Array, Float, Int
 import moeret
 from moeret.config import DEFAULT_BASE, ExpertConfig
 from moeret.data.buckets import packs
+from moeret.models.embed import MOST_USED, few_experts
 from moeret.models.encoder import matrix_shapes
 from moeret.models.experts import Mixture, gather
 from scripts.benchmarks import interleaved_seconds, markdown_table, write_section
 
 EXPERTS = (1, 8, 64)
 SLOTS, TEXTS, TOKENS = 2, 24, 21
+IN_GROUPS = f"columns, {MOST_USED} experts at a time at most"
 Factors = dict[str, dict[str, Array]]
 Product = Callable[[dict[int, Array], Factors, Mixture, Array, Array], list[Array]]
 
@@ -69,23 +71,31 @@ def grouped(inputs: dict[int, Array], layer: Factors, mixture: Mixture, texts: A
     return [product(own) for own in layer.values()]
 
 
-def problem(
-    experts: int, shapes: dict[str, tuple[int, int]], rank: int
-) -> tuple[dict[int, Array], Factors, Mixture, Int[Array, "B L"], Int[Array, "T S"]]:
-    """Packed texts that mix SLOTS of so many experts each, as what each of the products takes."""
+Problem = tuple[dict[int, Array], Factors, Mixture, Int[Array, "B L"], Int[Array, "T S"]]
+
+
+def problems(experts: int, shapes: dict[str, tuple[int, int]], rank: int) -> tuple[Problem, list[Problem]]:
+    """Texts that mix SLOTS of so many experts each, as what each of the products takes: in one pack, and in groups."""
     random = np.random.default_rng(0)
-    [pack] = packs(np.full(TEXTS, TOKENS))
-    _, _, texts, _ = pack.arrays([np.zeros(TOKENS, np.int32)] * TEXTS)
 
     def draw(*shape: int) -> Float[Array, "..."]:
         return jnp.asarray(random.normal(size=shape), jnp.float32)
 
     layer = {name: {"a": draw(experts, i, rank), "b": draw(experts, rank, o)} for name, (i, o) in shapes.items()}
     slots = np.stack([random.permutation(experts)[: min(SLOTS, experts)] for _ in range(TEXTS)])
-    weights = np.zeros((pack.most, experts), np.float32)
-    np.put_along_axis(weights[:TEXTS], slots, 1 / slots.shape[1], axis=1)
-    mixture = Mixture(jnp.arange(experts), jnp.asarray(weights), jnp.zeros(pack.most))
-    return {width: draw(*texts.shape, width) for width, _ in shapes.values()}, layer, mixture, texts, jnp.asarray(slots)
+
+    def packed(rows: Int[np.ndarray, "T"]) -> Problem:
+        [pack] = packs(np.full(len(rows), TOKENS))
+        _, _, texts, _ = pack.arrays([np.zeros(TOKENS, np.int32)] * len(rows))
+        used, places = np.unique(slots[rows], return_inverse=True)
+        weights = np.zeros((pack.most, len(used)), np.float32)
+        np.put_along_axis(weights[: len(rows)], places.reshape(slots[rows].shape), 1 / slots.shape[1], axis=1)
+        mixture = Mixture(jnp.asarray(used), jnp.asarray(weights), jnp.zeros(pack.most))
+        inputs = {width: draw(*texts.shape, width) for width, _ in shapes.values()}
+        return inputs, layer, mixture, jnp.asarray(texts), jnp.asarray(slots[rows])
+
+    groups = few_experts(slots, np.ones(slots.shape))
+    return packed(np.arange(TEXTS)), [packed(rows) for rows in groups]
 
 
 def main() -> None:
@@ -97,13 +107,13 @@ def main() -> None:
     shapes = {name: own for name, own in matrix_shapes(encoder).items() if name in shape.matrices}
     kernels = {name: jnp.ones(own, jnp.float32) for name, own in shapes.items()}
     own_products = jax.jit(lambda inputs: [inputs[kernel.shape[0]] @ kernel for kernel in kernels.values()])
-    ways: dict[str, Product] = {"columns": columns, "gather": gathered, "grouped (ragged_dot)": grouped}
-    rows: dict[str, list[str]] = {name: [] for name in ("the base's own products", *ways)}
+    ways: dict[str, Product] = {"columns": columns, "gather": gathered, "grouped product (ragged_dot)": grouped}
+    rows: dict[str, list[str]] = {name: [] for name in ("the base's own products", IN_GROUPS, *ways)}
     for experts in EXPERTS:
-        inputs, *rest = problem(experts, shapes, shape.rank)
+        (inputs, *rest), groups = problems(experts, shapes, shape.rank)
         compiled = {name: jax.jit(way) for name, way in ways.items()}
         found = {name: [np.asarray(own) for own in way(inputs, *rest)] for name, way in compiled.items()}
-        kept = rest[2] >= 0  # padding may hold anything
+        kept = np.asarray(rest[2] >= 0)  # padding may hold anything
         for name, own in found.items():
             for one, other in zip(own, found["columns"], strict=True):
                 np.testing.assert_allclose(one[kept], other[kept], atol=1e-2 * np.abs(other).max(), err_msg=name)
@@ -111,6 +121,9 @@ def main() -> None:
             name: lambda way=way, arguments=(inputs, *rest): jax.block_until_ready(way(*arguments))
             for name, way in compiled.items()
         }
+        runs[IN_GROUPS] = lambda way=compiled["columns"], groups=groups: jax.block_until_ready(
+            [way(*own) for own in groups]
+        )
         runs["the base's own products"] = lambda own=inputs: jax.block_until_ready(own_products(own))
         for name, seconds in interleaved_seconds(runs, arguments.repeats).items():
             rows[name].append(f"{1000 * seconds:.1f}")

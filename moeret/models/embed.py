@@ -28,8 +28,9 @@ _HELD = 512
 """Texts whose tokens' hidden states wait for their experts at most."""
 _TOKENS_ON_ACCELERATOR = 2**15
 """Padded tokens in a batch where there is no processor's cache to keep to."""
-_LEAST_USED = 4
-"""A program for mixed texts takes so many experts at least, so that few are compiled."""
+_LEAST_USED, MOST_USED = 4, 8
+"""A program for mixed texts takes so many experts at least, so that few are compiled, and at most: every token is multiplied
+with the columns of all of them (scripts.bench_mixing)."""
 _SAME_WEIGHT = 0.02
 """A smaller change of every expert's weight is none."""
 _FOLDED_BYTES = 2**30
@@ -300,12 +301,14 @@ class Embedder:
     ) -> Float[np.ndarray, "B D"]:
         """Embeddings by each text's own mix."""
         out, config = np.empty((len(states), self.width), np.float32), self.base_encoder.config
-        for pack in packs(np.array([len(own) for own in states]), _tokens_per_batch()):
-            order, tokens, places, _ = pack.arrays(states)
-            mixture = self._mixture(experts[order], weights[order], pack.most)
-            arrays = replicate(self.mesh, (tokens, places, mixture))
-            vectors = _mixed_branch(config, self.trunk_layers, self._params, self.bank, self._shared, *arrays)
-            out[order] = np.asarray(vectors)[: len(order)]
+        for rows in few_experts(experts, weights):
+            own = [states[row] for row in rows]
+            for pack in packs(np.array([len(state) for state in own]), _tokens_per_batch()):
+                order, tokens, places, _ = pack.arrays(own)
+                mixture = self._mixture(experts[rows[order]], weights[rows[order]], pack.most)
+                arrays = replicate(self.mesh, (tokens, places, mixture))
+                vectors = _mixed_branch(config, self.trunk_layers, self._params, self.bank, self._shared, *arrays)
+                out[rows[order]] = np.asarray(vectors)[: len(order)]
         return out
 
     def _mixture(self, experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"], count: int) -> Mixture:
@@ -323,6 +326,21 @@ class Embedder:
 def _tokens_per_batch() -> int:
     """Padded tokens that a device encodes at a time."""
     return TOKENS_PER_BATCH if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATOR
+
+
+def few_experts(experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]) -> Iterator[Int[np.ndarray, "_"]]:
+    """Texts in groups that use MOST_USED experts at most together, but for a text that alone uses more."""
+    used = [frozenset(own[weight != 0].tolist()) for own, weight in zip(experts, weights, strict=True)]
+    group: list[int] = []
+    together: frozenset[int] = frozenset()
+    for row in sorted(range(len(used)), key=lambda row: sorted(used[row])):
+        if group and len(together | used[row]) > MOST_USED:
+            yield np.array(group)
+            group, together = [], frozenset()
+        group.append(row)
+        together |= used[row]
+    if group:
+        yield np.array(group)
 
 
 _MIXED = -1

@@ -5,16 +5,18 @@ routers are refitted and new experts get negatives without the old domains' data
 under `memories/`.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file
 
 from moeret import artifact
+from moeret.config import Precision, require
 from moeret.errors import ArtifactError, ConfigError
 from moeret.models import experts
 from moeret.models.embed import Embedder
@@ -109,6 +111,19 @@ class Model:
             blends=_read_blends(meta),
             published=published,
         )
+
+    def in_precision(self, precision: Precision) -> "Model":
+        """The same model with its products in float32 or bfloat16, summed in float32 either way.
+
+        bfloat16 is faster where the processor or an accelerator multiplies it, and slower elsewhere.
+
+        Raises:
+          ConfigError: it is neither.
+        """
+        require(precision in get_args(Precision), f"precision must be float32 or bfloat16, got {precision!r}")
+        other = copy.copy(self)
+        other.embedder = self.embedder.in_precision(precision)
+        return other
 
     def encode_query(
         self,

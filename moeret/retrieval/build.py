@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from moeret import artifact
 from moeret.artifact import Artifact, Draft
-from moeret.config import IndexConfig, differences, require, to_json
+from moeret.config import IndexConfig, Precision, differences, require, to_json
 from moeret.data.beir import read_corpus
 from moeret.data.lexical import Lexical
 from moeret.errors import ArtifactError, ConfigError, DataError
@@ -85,10 +85,11 @@ def build_index(
         draft = Draft(out, KIND)
         # The index's own model from here on: the other may get or lose an expert while documents are embedded.
         prefix = f"{_MODEL}{published.fingerprint[:12]}"
-        loaded = _include(draft, published, prefix)
+        loaded = _include(draft, published, prefix).in_precision(config.precision)
         total = sum(map(len, read.values())) + len(loose)
         with progress_bar("Embedding", total, shown=show_progress_bar, unit="documents") as advance:
-            vectors = _Vectors(loaded, [out / _WORK / VECTORS, model / WORK / VECTORS], advance)
+            folders = [out / _WORK / VECTORS, model / WORK / VECTORS]
+            vectors = _Vectors(loaded, config.precision, folders, advance)
             placed = {name: (documents, vectors.of(documents, name)) for name, documents in read.items()}
             placed = _place(loaded, placed, loose, vectors)
         meta = {
@@ -123,8 +124,8 @@ Placed = dict[str, tuple[list[Document], Float[np.ndarray, "N D"]]]
 class _Vectors:
     """Document vectors, kept in chunks in the first folder until the index is published; training's are used where they fit."""
 
-    def __init__(self, model: Model, folders: Sequence[Path], advance: Advance):
-        self._model, self._advance = model, advance
+    def __init__(self, model: Model, precision: Precision, folders: Sequence[Path], advance: Advance):
+        self._model, self._precision, self._advance = model, precision, advance
         self._folders = [folders[0], *(folder for folder in folders[1:] if os.access(folder, os.R_OK))]
 
     def of(self, documents: list[Document], expert: str) -> Float[np.ndarray, "N D"]:
@@ -138,6 +139,7 @@ class _Vectors:
             return embedder.base(chunk, advance=self._advance)
 
         key = model.base.fingerprint if number == 0 else f"{model.published.fingerprint}/{expert}"
+        key += "" if self._precision == "float32" else f" in {self._precision}"
         return cached_vectors(embed, texts, model.embedder.width, self._folders, key, self._advance)
 
 

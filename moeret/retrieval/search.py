@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from moeret import artifact
 from moeret.artifact import Artifact
-from moeret.config import IndexConfig, require
+from moeret.config import IndexConfig, Precision, require
 from moeret.data.lexical import stems
 from moeret.errors import ArtifactError
 from moeret.models.memory import Blend
@@ -94,23 +94,26 @@ class Retriever:
         self.fusion: Fusion = "score" if model.tower == "query" else "calibrated"
 
     @classmethod
-    def load(cls, index: str | Path, *, model: Model | None = None) -> "Retriever":
+    def load(cls, index: str | Path, *, model: Model | None = None, precision: Precision = "float32") -> "Retriever":
         """Loads an index with the model that it holds, or with `model`, which must be the one it was built with.
+
+        `precision` is of the products that embed queries, whatever the documents were embedded in (see Model.in_precision).
 
         Raises:
           ArtifactError: the index or its model is damaged, unfinished, or `model` is another one.
+          ConfigError: there is no such precision.
         """
-        return artifact.load(Path(index), KIND, lambda published: cls._from_artifact(published, model))
+        return artifact.load(Path(index), KIND, lambda published: cls._from_artifact(published, model, precision))
 
     @classmethod
-    def _from_artifact(cls, published: Artifact, model: Model | None) -> "Retriever":
+    def _from_artifact(cls, published: Artifact, model: Model | None, precision: Precision) -> "Retriever":
         built_with = published.meta["model"]["fingerprint"]
         model = model or Model.load(published.root / published.meta["model"]["folder"])
         if model.published is None or model.published.fingerprint != built_with:
             raise ArtifactError(
                 f"{published.root} was built with another model ({built_with[:12]}); search it with its own, or build it anew"
             )
-        return cls(published, model)
+        return cls(published, model.in_precision(precision))
 
     def close(self) -> None:
         """Gives the index's files back."""

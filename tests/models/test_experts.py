@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moeret.config import MATRICES, ExpertConfig
 from moeret.models import experts
-from moeret.models.embed import _MANY, Embedder, _mixed_branch
+from moeret.models.embed import _MANY, MOST_USED, Embedder, _mixed_branch, few_experts
 from moeret.models.encoder import with_params
 from moeret.models.experts import Mixture
 from moeret.models.pretrained import load_base
@@ -146,3 +148,20 @@ def test_the_trunk_ends_where_the_first_expert_layer_begins(base, layers):
     bank = experts.init_bank(base.config, ExpertConfig(rank=2, layers=layers), [jax.random.key(0)])
     assert experts.trunk_layers(bank, base.config) == base.config.layers - layers
     assert experts.trunk_layers({}, base.config) == base.config.layers
+
+
+@given(st.integers(1, 30), st.integers(0, 99))
+def test_mixed_texts_are_grouped_by_their_experts(count, seed):
+    random = np.random.default_rng(seed)
+    experts_of = np.stack([random.permutation(40)[:4] for _ in range(count)])
+    weights = random.uniform(size=(count, 4)) * (random.uniform(size=(count, 4)) < 0.6)
+    groups = [*few_experts(experts_of, weights)]
+    assert sorted(row for own in groups for row in own.tolist()) == list(range(count))
+    for own in groups:
+        assert len({*experts_of[own][weights[own] != 0].tolist()}) <= MOST_USED
+    assert [own.tolist() for own in few_experts(np.zeros((0, 2), int), np.zeros((0, 2)))] == []
+
+
+def test_a_text_may_use_more_experts_than_a_group():
+    [group] = few_experts(np.arange(20)[None], np.ones((1, 20)))
+    assert group.tolist() == [0]

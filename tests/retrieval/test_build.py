@@ -399,3 +399,26 @@ def test_the_order_in_which_domains_are_given_does_not_matter(tmp_path, model_fo
     first = build_index(model_folder, tmp_path / "one", two_domains)
     second = build_index(model_folder, tmp_path / "two", dict(reversed(two_domains.items())))
     assert first.fingerprint == second.fingerprint
+
+
+def test_documents_may_be_embedded_in_bfloat16(model_folder, two_domains, index_folder, tmp_path):
+    build_index(model_folder, tmp_path / "index", two_domains, config=IndexConfig(precision="bfloat16"))
+    one, other = moeret.Retriever.load(index_folder), moeret.Retriever.load(tmp_path / "index", precision="bfloat16")
+    cosines = (one.vectors() * other.vectors()).sum(axis=1)
+    assert cosines.min() > 0.999 and not np.array_equal(one.vectors(), other.vectors())  # training's are not taken
+    query = "find the apple"
+    exact, rounded = (own.model.encode_query([query], expert="fruit")[0] for own in (one, other))
+    assert 0 < np.abs(exact - rounded).max() < 0.1
+    assert other.search(query)[0].expert == one.search(query)[0].expert
+    for own in (one, other):
+        own.close()
+
+
+def test_there_are_two_precisions(model_folder, index_folder):
+    for attempt in (
+        lambda: IndexConfig(precision="float16"),
+        lambda: moeret.Retriever.load(index_folder, precision="float16"),
+        lambda: Model.load(model_folder).in_precision("double"),
+    ):
+        with pytest.raises(moeret.ConfigError, match="precision must be float32 or bfloat16"):
+            attempt()
