@@ -1,8 +1,8 @@
 """The value types at moeret's border, and its letters.
 
 Axis letters, the same everywhere: A answers of a memory's queries, B batch rows, C centroids of a sketch, L tokens, D embedding
-width, E experts, H heads, I indexes, K hits, M corpus-side columns of a batch, N documents, P positives of a query, Q queries,
-R rank, S slots (experts that one row mixes), T queries of a memory, U experts that a batch uses.
+width, E experts, H heads, I indexes, K hits, M a batch's document columns, N documents, P positives of a query, Q queries, R
+rank, S slots (experts that one text mixes), T queries of a memory or texts of a pack, U experts that a batch uses.
 Expert 0 is always the base itself: it has no delta, and abstaining is routing to it.
 """
 
@@ -47,8 +47,8 @@ class Hit:
 class Route:
     """What the router made of one query; what an index's documents say counts where a Retriever was asked.
 
-    `probabilities` maps every expert's name to its probability (they sum to 1); `experts` are the chosen ones with the
-    weights of their deltas, best first, and empty if the router `abstained` to the base.
+    `probabilities` maps every expert's name to its probability (they sum to 1); `experts` are the chosen ones with their
+    weights, best first, and empty if the router `abstained` to the base.
     """
 
     probabilities: dict[str, float]

@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of BEIR folders")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="passages encoded, rising")
     arguments = parser.parse_args()
+    if len(arguments.sizes) < 2 or [*arguments.sizes] != sorted(arguments.sizes):
+        parser.error("--sizes must be at least two, rising")
     base = moeret.Model.load(DEFAULT_BASE).base
     embedder = Embedder(base, base_alone(base.config, ExpertConfig()))
     texts = passages(arguments.data, max(arguments.sizes))

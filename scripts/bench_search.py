@@ -102,7 +102,7 @@ def split(retriever: moeret.Retriever, queries: Sequence[str], repeats: int) -> 
     parts["branch"] = encode - parts["trunk"] - parts["tokenise"] - parts["route"]
     return {
         **parts,
-        "evidence, HNSW, words, memory, fusion, reading again": whole - sum(parts.values()),
+        "evidence, HNSW, words, memory, fusion, branch again": whole - sum(parts.values()),
         "whole": whole,
     }
 

@@ -68,7 +68,13 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_base(
-    folder: Path, *, prefix: str = "", old_names: bool = False, pooling: str = "mean", seed: int = 0
+    folder: Path,
+    *,
+    prefix: str = "",
+    old_names: bool = False,
+    pooling: str = "mean",
+    seed: int = 0,
+    positions: int = POSITIONS,
 ) -> None:
     """Writes a tiny base encoder; `prefix` and `old_names` make the checkpoint look like other people's."""
     words = [word for topic in TOPICS.values() for word in topic]
@@ -77,7 +83,7 @@ def write_base(
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     config = {
         "model_type": "bert", "vocab_size": len(vocabulary), "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "intermediate_size": MLP, "max_position_embeddings": POSITIONS,
+        "num_attention_heads": HEADS, "intermediate_size": MLP, "max_position_embeddings": positions,
         "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -87,10 +93,13 @@ def write_base(
     (folder / "1_Pooling").mkdir(exist_ok=True)
     modes = {f"pooling_mode_{mode}": mode.startswith(pooling) for mode in ("cls_token", "mean_tokens", "max_tokens")}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
-    save_file(base_tensors(len(vocabulary), prefix, old_names, seed), folder / "model.safetensors")
+    tensors = base_tensors(len(vocabulary), prefix, old_names, seed, positions)
+    save_file(tensors, folder / "model.safetensors")
 
 
-def base_tensors(vocabulary: int, prefix: str, old_names: bool, seed: int) -> dict[str, np.ndarray]:
+def base_tensors(
+    vocabulary: int, prefix: str, old_names: bool, seed: int, positions: int = POSITIONS
+) -> dict[str, np.ndarray]:
     """Random weights under Hugging Face's names."""
     random = np.random.default_rng(seed)
     tensors = {}
@@ -104,7 +113,7 @@ def base_tensors(vocabulary: int, prefix: str, old_names: bool, seed: int) -> di
         matrix(f"{name}.{bias}", WIDTH, scale=0.01)
 
     matrix("embeddings.word_embeddings.weight", vocabulary, WIDTH, scale=1.0)
-    matrix("embeddings.position_embeddings.weight", POSITIONS, WIDTH, scale=0.1)
+    matrix("embeddings.position_embeddings.weight", positions, WIDTH, scale=0.1)
     matrix("embeddings.token_type_embeddings.weight", 2, WIDTH, scale=0.1)
     norm("embeddings.LayerNorm")
     for layer in range(LAYERS):

@@ -1,7 +1,7 @@
-"""Length buckets: which padded lengths there are, and which texts share a batch.
+"""Length buckets and packs: which shapes there are, and which texts share a batch.
 
-XLA compiles one program per shape, so lengths are rounded up to a few bucket edges. The same functions plan training,
-indexing and search, so that no two of them can disagree about shapes.
+XLA compiles one program per shape, so lengths are rounded up to a few bucket edges, in training and where many texts are
+embedded. Few texts are packed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -120,17 +120,17 @@ class Pack:
         """
         shape = (len(self.rows), self.length)
         out = np.zeros((*shape, *tokens[0].shape[1:]), tokens[0].dtype)
-        places, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+        texts, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
         order: list[int] = []
         for row, own in enumerate(self.rows):
             start = 0
             for text in own:
                 end = start + len(tokens[text])
-                out[row, start:end], places[row, start:end] = tokens[text], len(order)
+                out[row, start:end], texts[row, start:end] = tokens[text], len(order)
                 positions[row, start:end] = np.arange(end - start)
                 order.append(text)
                 start = end
-        return np.array(order), out, places, positions
+        return np.array(order), out, texts, positions
 
 
 _PACKED = 128

@@ -1,8 +1,12 @@
-"""Texts to vectors: length-bucketed, compiled inference through the base and its experts."""
+"""Texts to vectors: compiled inference through the base and its experts.
+
+Many texts of the base or of one expert are bucketed by length; few texts, each by its own experts, are packed.
+"""
 
 import copy
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,8 +28,8 @@ _CHUNK = 2048
 """Texts tokenised at a time."""
 _MANY = 64
 """Texts of one expert that need no regrouping."""
-_HELD = 512
-"""Texts whose tokens' hidden states wait for their experts at most."""
+_TOKENS_HELD = 2**16
+"""Tokens whose hidden states wait for their experts at most, or one text's."""
 _TOKENS_ON_ACCELERATOR = 2**15
 """Padded tokens in a batch where there is no processor's cache to keep to."""
 _LEAST_USED, MOST_USED = 4, 8
@@ -128,29 +132,38 @@ class Embedder:
 
         Its delta is added to the matrices once, and what runs are the base's own programs.
         """
-        params = fold(self.base_encoder.params, take(self.bank, expert))
+        exact = self.base_encoder.params
+        params = fold(exact, take(self.bank, expert))
         if self._shared is not None:
             params = fold(params, self._shared, float(self._strengths[expert]))
-        encoder = dataclasses.replace(self.base_encoder, params=params)
-        nothing = jax.tree.map(lambda leaf: leaf[:1], self.bank)
-        return Embedder(encoder, nothing, mesh=self.mesh).in_precision(self._precision)
+        other = self.with_bank(jax.tree.map(lambda leaf: leaf[:1], self.bank))
+        other.base_encoder = dataclasses.replace(self.base_encoder, params=params)
+        # What no delta changes stays one array for all experts.
+        changed = jax.tree.map(
+            lambda new, old, used: used if new is old else new.astype(used.dtype), params, exact, self._params
+        )
+        other._params = changed
+        return other
 
     def _set(self, bank: Bank, shared: Shared | None) -> None:
         self.bank, self.trunk_layers = replicate(self.mesh, bank), trunk_layers(bank, self.base_encoder.config)
         self._shared = None if shared is None else replicate(self.mesh, shared.delta)
         self._strengths = None if shared is None else shared.strengths
         self._kept: dict[int, Embedder] = {}
+        self._keeping = threading.Lock()
 
     def _folded(self, expert: int) -> "Embedder":
         """`alone`, kept for the next time where there is room."""
-        found = self._kept.get(expert)
-        if found is None:
-            shapes = matrix_shapes(self.base_encoder.config)
-            size = 4 * sum(math.prod(shapes[name]) for matrices in self.bank.values() for name in matrices)
-            while self._kept and (len(self._kept) + 1) * size > _FOLDED_BYTES:
-                self._kept.pop(next(iter(self._kept)), None)
-            found = self._kept[expert] = self.alone(expert)
-        return found
+        with self._keeping:
+            found = self._kept.get(expert)
+            if found is None:
+                shapes = matrix_shapes(self.base_encoder.config)
+                bytes_each = 4 if self._precision == jnp.float32 else 4 + self._precision.itemsize
+                size = bytes_each * sum(math.prod(shapes[name]) for matrices in self.bank.values() for name in matrices)
+                while self._kept and (len(self._kept) + 1) * size > _FOLDED_BYTES:
+                    del self._kept[next(iter(self._kept))]
+                found = self._kept[expert] = self.alone(expert)
+            return found
 
     def base(
         self, texts: Sequence[str], *, normalize: bool = True, advance: Advance | None = None
@@ -226,7 +239,7 @@ class Embedder:
 
         `revise` may choose anew with the unit embeddings in hand; texts of which it changes the choice are embedded by that.
         """
-        merged = np.empty((len(texts), self.width), np.float32)
+        vectors = np.empty((len(texts), self.width), np.float32)
         choices = [router.choose(np.empty((0, len(router.weights)), np.float32))]
         for rows, states in self.states(texts):
             read = _moments(states) if router.reads == "trunk" else _unit_rows(self._run_packed(states))
@@ -236,12 +249,12 @@ class Embedder:
                 first, choice = choice, revise(rows, choice, _unit_rows(own))
                 new = np.flatnonzero(_differ(first, choice))
                 own[new] = self._branches([states[row] for row in new], choice.experts[new], choice.merged[new])
-            merged[rows] = own
+            vectors[rows] = own
             choices.append(choice)
             if advance:
                 advance(len(states))
         choice = Choice(*map(np.concatenate, zip(*choices, strict=True)))
-        return choice, _unit_rows(merged) if normalize else merged
+        return choice, _unit_rows(vectors) if normalize else vectors
 
     def _reading(self, reads: Reads, x: Array, moments: Array, lengths: Array) -> np.ndarray:
         return np.asarray(moments) if reads == "trunk" else _unit_rows(self._run_base(x, lengths))
@@ -252,16 +265,20 @@ class Embedder:
     def states(self, texts: Sequence[str]) -> Iterator[tuple[slice, list[Float[np.ndarray, "L D"]]]]:
         """What the trunk makes of texts, token by token, of as many at a time as may be held."""
         encoder = self.base_encoder
-        for start in range(0, len(texts), _HELD):
-            ids = encoder.tokenizer(texts[start : start + _HELD])
-            out: list[np.ndarray] = [np.empty(0)] * len(ids)
-            for pack in packs(np.array([len(own) for own in ids]), _tokens_per_batch()):
-                order, tokens, places, positions = pack.arrays(ids)
-                arrays = replicate(self.mesh, (tokens, places, positions))
-                states = np.asarray(_packed_trunk(encoder.config, self.trunk_layers, self._params, *arrays))
-                for place, text in enumerate(order):
-                    out[text] = states[places == place]
-            yield slice(start, start + len(ids)), out
+        for start in range(0, len(texts), _CHUNK):
+            ids = encoder.tokenizer(texts[start : start + _CHUNK])
+            for own in _held(np.array([len(each) for each in ids])):
+                yield slice(start + own.start, start + own.stop), self._trunk_of(ids[own])
+
+    def _trunk_of(self, ids: Sequence[Int[np.ndarray, "L"]]) -> list[Float[np.ndarray, "L D"]]:
+        out: list[np.ndarray] = [np.empty(0)] * len(ids)
+        for pack in packs(np.array([len(own) for own in ids]), _tokens_per_batch()):
+            order, tokens, texts, positions = pack.arrays(ids)
+            arrays = replicate(self.mesh, (tokens, texts, positions))
+            states = np.asarray(_packed_trunk(self.base_encoder.config, self.trunk_layers, self._params, *arrays))
+            for number, row in enumerate(order):
+                out[row] = states[texts == number]
+        return out
 
     def _branches(
         self,
@@ -287,8 +304,8 @@ class Embedder:
         """Base embeddings."""
         out, config = np.empty((len(states), self.width), np.float32), self.base_encoder.config
         for pack in packs(np.array([len(own) for own in states]), _tokens_per_batch()):
-            order, tokens, places, _ = pack.arrays(states)
-            arrays = replicate(self.mesh, (tokens, places))
+            order, tokens, texts, _ = pack.arrays(states)
+            arrays = replicate(self.mesh, (tokens, texts))
             vectors = _packed_branch(config, self.trunk_layers, pack.most, self._params, *arrays)
             out[order] = np.asarray(vectors)[: len(order)]
         return out
@@ -304,9 +321,9 @@ class Embedder:
         for rows in few_experts(experts, weights):
             own = [states[row] for row in rows]
             for pack in packs(np.array([len(state) for state in own]), _tokens_per_batch()):
-                order, tokens, places, _ = pack.arrays(own)
+                order, tokens, texts, _ = pack.arrays(own)
                 mixture = self._mixture(experts[rows[order]], weights[rows[order]], pack.most)
-                arrays = replicate(self.mesh, (tokens, places, mixture))
+                arrays = replicate(self.mesh, (tokens, texts, mixture))
                 vectors = _mixed_branch(config, self.trunk_layers, self._params, self.bank, self._shared, *arrays)
                 out[rows[order]] = np.asarray(vectors)[: len(order)]
         return out
@@ -364,6 +381,17 @@ def _differ(one: Choice, other: Choice) -> Bool[np.ndarray, "B"]:
     for own, choice in zip(weights, (one, other), strict=True):
         np.put_along_axis(own, choice.experts, choice.merged, axis=1)
     return np.abs(weights[0] - weights[1]).max(axis=1) >= _SAME_WEIGHT
+
+
+def _held(lengths: Int[np.ndarray, "N"]) -> Iterator[slice]:
+    """Neighbours in groups of at most _TOKENS_HELD tokens, or of one text."""
+    start, tokens = 0, 0
+    for row, length in enumerate(lengths.tolist()):
+        if row > start and tokens + length > _TOKENS_HELD:
+            yield slice(start, row)
+            start, tokens = row, 0
+        tokens += length
+    yield slice(start, len(lengths))
 
 
 def _moments(states: Sequence[Float[np.ndarray, "L D"]]) -> Float[np.ndarray, "B 2*D"]:

@@ -1,7 +1,7 @@
 """The base: a BERT-family transformer encoder as a flax nnx module.
 
 It runs in two halves so that a query's lower layers are computed once: `trunk` up to the first layer that experts
-change, and `branch` from there to the pooled embedding, with each row's mix of deltas added to the matrices.
+change, and `branch` from there to the pooled embedding, with deltas, or each text's mix of them, added to the matrices.
 """
 
 import functools
@@ -239,11 +239,12 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "count D"]:
         """Embeddings of `count` texts that stand one behind another in the rows, as in `packed_trunk`."""
         x = self._run(x, _within_texts(texts), layers, len(self.layers), deltas)
-        if self.config.pooling == "cls":  # only a text's first token
-            before = jnp.pad(texts[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-            texts = jnp.where(texts == before, -1, texts)
-        of = (jnp.arange(count)[:, None] == texts.reshape(1, -1)).astype(jnp.float32)
-        pooled = (of @ x.reshape(-1, x.shape[-1])) / jnp.maximum(of.sum(axis=1, keepdims=True), 1.0)
+        first = texts != jnp.pad(texts[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+        counted = first if self.config.pooling == "cls" else jnp.ones_like(first)
+        place = jnp.where(counted & (texts >= 0), texts, count).reshape(-1)  # one that is not there is left out
+        sums = jax.ops.segment_sum(x.reshape(-1, x.shape[-1]), place, count)
+        sizes = jax.ops.segment_sum(jnp.ones_like(place), place, count).astype(x.dtype)
+        pooled = sums / jnp.maximum(sizes, 1.0)[:, None]
         return unit(pooled) if self.config.normalize else pooled
 
     def _embed(self, ids: Int[Array, "B L"], positions: Int[Array, "_ L"]) -> Float[Array, "B L D"]:

@@ -1,8 +1,8 @@
 """Devices: the only file that names mesh axes.
 
 One mesh serves a laptop and a pod: rows of a batch are split over the DATA axis, the matrices of the base over the MODEL axis,
-which has one device unless the base does not fit it. Experts have no axis: a batch is of one expert, whose few megabytes
-every device holds.
+which has one device unless the base does not fit it. Experts have no axis: every device holds their few megabytes, and a batch
+of training is of one expert, so that there would be nothing to do at once.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def make_mesh(devices: Sequence[Any] | None = None, model_devices: int = 1) -> M
     devices = jax.devices() if devices is None else devices
     require(
         model_devices >= 1 and len(devices) % model_devices == 0,
-        f"model_devices must be a divisor of the {len(devices)} devices, got {model_devices}",
+        f"model_devices must be a divisor of the {len(devices)} devices of a process, got {model_devices}",
     )
     shape = (len(devices) // model_devices, model_devices)
     return jax.make_mesh(shape, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)

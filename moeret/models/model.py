@@ -67,10 +67,11 @@ class Model:
         blends: Mapping[str, Blend] | None = None,
         published: artifact.Artifact | None = None,
     ):
-        self.base, self.tower, self.experts = base, tower, tuple(names)
+        self.tower, self.experts = tower, tuple(names)
         self.query_router, self.document_router, self.published = query_router, document_router, published
         self.has_shared, self.blends = shared is not None, dict(blends or {})
         self.embedder = Embedder(base, experts.with_base(bank or {}, shared=self.has_shared), shared)
+        self.base = self.embedder.base_encoder
 
     @classmethod
     def load(cls, model: str | Path) -> "Model":

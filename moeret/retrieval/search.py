@@ -33,7 +33,7 @@ _LEAST_WEIGHT = 1e-6
 class _Plan:
     """Each query's weight of each index (0: not searched), and the vectors that given queries search an index with.
 
-    `shares` are how much of each expert, the base and the shared delta is in a query's vector: so much of its blend counts.
+    `shares` are the weights of each query's experts, or of the base or the shared delta: so much of each one's blend counts.
     """
 
     weights: Float[np.ndarray, "Q I"]
@@ -184,7 +184,8 @@ class Retriever:
         best = self._search(plan.of(asked), [words[row] for row in asked], 1, "score", words_alone)
         rows = asked[np.array([self._holders(hits) == [BASE_EXPERT] for hits, _ in best.ranked], bool)]
         if len(rows):
-            vectors = self.model.embedder.base([texts[row] for row in rows])
+            nothing = np.zeros((len(rows), 1), np.int32)
+            vectors = self.model.embedder.mixed([texts[row] for row in rows], nothing, nothing.astype(np.float32))
             as_base = _Plan(plan.weights[rows], _one_vector(vectors), [{BASE_EXPERT: 1.0}] * len(rows), [])
             again = self._search(as_base, [words[row] for row in rows], k, "score", self.blends)
             for row, ranked in zip(rows, again.ranked, strict=True):

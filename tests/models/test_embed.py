@@ -1,10 +1,12 @@
 """Embedding many texts: order, batching and routes change nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from conftest import write_base
 
 from moeret.config import ExpertConfig
 from moeret.models import embed, experts
@@ -51,7 +53,7 @@ def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch)
     np.testing.assert_allclose(embedder.base(shuffled), base[order], **close)
     np.testing.assert_allclose(embedder.mixed(shuffled, chosen[order], weights[order]), mixed[order], **close)
     monkeypatch.setattr(embed, "_CHUNK", 8)
-    monkeypatch.setattr(embed, "_HELD", 5)
+    monkeypatch.setattr(embed, "_TOKENS_HELD", 30)
     np.testing.assert_allclose(embedder.base(TEXTS), base, **close)
     np.testing.assert_allclose(embedder.mixed(TEXTS, chosen, weights), mixed, **close)
     for n in range(len(TEXTS)):
@@ -62,7 +64,7 @@ def test_order_and_batching_do_not_change_vectors(embedder, routes, monkeypatch)
 @pytest.mark.parametrize("room", ["all", "none"])
 def test_texts_of_one_expert_are_read_together_and_get_its_vectors(embedder, routes, monkeypatch, room):
     if room == "none":
-        monkeypatch.setattr(embed, "_HELD", 1)
+        monkeypatch.setattr(embed, "_TOKENS_HELD", 1)
         monkeypatch.setattr(embed, "_FOLDED_BYTES", 1)
         embedder = embedder.with_bank(embedder.bank)  # which keeps nothing yet
     chosen, weights = (own.copy() for own in routes)
@@ -120,6 +122,67 @@ def test_a_revised_choice_gives_the_vectors_of_that_choice(embedder):
     np.testing.assert_allclose(revised[1::2], vectors[1::2], **close)
     np.testing.assert_allclose(revised, embedder.mixed(TEXTS, choice.experts, choice.merged), **close)
     assert np.abs(choice.probabilities - first.probabilities)[::2].max() > 0.1
+
+
+def test_only_a_change_that_matters_is_embedded_again(embedder, monkeypatch):
+    weights = np.zeros((2 * embedder.width, 2), np.float32)
+    router = Router("learned", "trunk", weights, np.zeros(2, np.float32), slots=2, minimum=0.0)
+    usual, embedded = Embedder._branches, []
+
+    def counted(self, states, *mix):
+        embedded.append(len(states))
+        return usual(self, states, *mix)
+
+    monkeypatch.setattr(Embedder, "_branches", counted)
+    for before, after, again in ((0.5, 0.51, 0), (0.5, 0.53, 1), (0.92, 0.97, 0), (0.91, 0.89, 1), (0.89, 0.91, 1)):
+        own = replace(router, bias=np.log([before, 1 - before]).astype(np.float32))
+        embedded.clear()
+        embedder.routed(
+            TEXTS[:1], own, revise=lambda rows, choice, vectors, p=after: router.pick(np.array([[p, 1 - p]]))
+        )
+        assert embedded == [1, again], (before, after)
+
+
+def test_kept_experts_share_what_no_delta_changes(embedder):
+    for own in (embedder, embedder.in_precision("bfloat16")):
+        alone = own.alone(1)
+        pairs = zip(jax.tree.leaves(own._params), jax.tree.leaves(alone._params), strict=True)
+        changed = [one is not other for one, other in pairs]
+        assert sum(changed) == 6  # the matrices of one layer
+
+
+def test_kept_experts_serve_many_threads(embedder, monkeypatch):
+    monkeypatch.setattr(embed, "_FOLDED_BYTES", 1)
+    embedder = embedder.with_bank(embedder.bank)
+    wanted = [embedder.alone(expert).base(TEXTS) for expert in (1, 2)]
+
+    def search(turn: int) -> np.ndarray:
+        experts_of = np.full((len(TEXTS), 1), 1 + turn % 2)
+        return embedder.mixed(TEXTS, experts_of, np.ones((len(TEXTS), 1), np.float32))
+
+    with ThreadPoolExecutor(8) as pool:
+        for turn, found in enumerate(pool.map(search, range(64))):
+            np.testing.assert_allclose(found, wanted[turn % 2], **close)
+    assert len(embedder._kept) == 1
+
+
+def test_long_texts_are_packed_beside_short_ones(tmp_path):
+    write_base(tmp_path, positions=320)
+    base = load_base(str(tmp_path), tmp_path)
+    random, keys = np.random.default_rng(0), list(jax.random.split(jax.random.key(0), 2))
+    bank = experts.init_bank(base.config, ExpertConfig(rank=4, layers=1), keys)
+    bank = jax.tree.map(lambda leaf: (0.5 * random.normal(size=leaf.shape)).astype(np.float32), bank)
+    embedder = Embedder(base, experts.with_base(bank))
+    texts = [" ".join(random.choice(WORDS, count)) for count in (400, 3, 200, 9, 130, 1)]
+    assert max(len(own) for own in base.tokenizer(texts)) == 320
+    ones = np.ones((len(texts), 1), np.float32)
+    for expert in (0, 1, 2):
+        found = embedder.mixed(texts, np.full((len(texts), 1), expert), ones)
+        np.testing.assert_allclose(found, embedder.alone(expert).base(texts), **close)
+    both = embedder.mixed(texts, np.tile([1, 2], (len(texts), 1)), np.tile([0.5, 0.5], (len(texts), 1)))
+    for row, text in enumerate(texts):
+        alone = embedder.mixed([text], np.array([[1, 2]]), np.array([[0.5, 0.5]]))
+        np.testing.assert_allclose(both[row], alone[0], **close)
 
 
 def test_no_texts_are_routed_to_nothing(embedder):

@@ -10,6 +10,7 @@ from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.mesh import local_mesh, make_mesh, model_devices, row_devices
 from moeret.models.pretrained import load_base
+from moeret.models.router import Router
 
 TEXTS = [
     "find the apple",
@@ -41,6 +42,17 @@ def test_a_mesh_changes_no_vector(base, split):
     np.testing.assert_allclose(many.alone(2).base(TEXTS), one.alone(2).base(TEXTS), atol=2e-6)
     routes = np.tile([[1, 2], [2, 0], [0, 0]], (4, 1)), np.tile([[0.6, 0.4], [1, 0], [0, 0]], (4, 1)).astype(np.float32)
     np.testing.assert_allclose(many.mixed(TEXTS, *routes), one.mixed(TEXTS, *routes), atol=2e-6)
+    weights = np.random.default_rng(1).normal(size=(2 * one.width, 2)).astype(np.float32)
+    router = Router("learned", "trunk", weights, np.zeros(2, np.float32), slots=2, minimum=0.0)
+
+    def swapped(rows, choice, vectors):
+        return router.pick(choice.probabilities[:, ::-1])
+
+    for found, wanted in zip(
+        many.routed(TEXTS, router, revise=swapped), one.routed(TEXTS, router, revise=swapped), strict=True
+    ):
+        for own, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(own, other, atol=2e-6)
 
 
 def test_each_device_holds_a_part_of_the_matrices(base):
@@ -58,9 +70,9 @@ def test_each_device_holds_a_part_of_the_matrices(base):
 
 def test_devices_that_cannot_be_grouped_are_refused(base):
     for count in (0, 3, 8):
-        with pytest.raises(ConfigError, match="model_devices must be a divisor of the 4 devices"):
+        with pytest.raises(ConfigError, match="model_devices must be a divisor of the 4 devices of a process"):
             make_mesh(model_devices=count)
-    with pytest.raises(ConfigError, match="devices, got 8"):
+    with pytest.raises(ConfigError, match="devices of a process, got 8"):
         local_mesh(8)
     assert local_mesh().size == 1
 
