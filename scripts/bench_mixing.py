@@ -84,18 +84,22 @@ def problems(experts: int, shapes: dict[str, tuple[int, int]], rank: int) -> tup
     layer = {name: {"a": draw(experts, i, rank), "b": draw(experts, rank, o)} for name, (i, o) in shapes.items()}
     slots = np.stack([random.permutation(experts)[: min(SLOTS, experts)] for _ in range(TEXTS)])
 
-    def packed(rows: Int[np.ndarray, "T"]) -> Problem:
+    def packed(rows: Int[np.ndarray, "T"], *, alone: bool) -> Problem:
+        """With a bank of the used experts `alone`, or as moeret takes them out of all there are."""
         [pack] = packs(np.full(len(rows), TOKENS))
         _, _, texts, _ = pack.arrays([np.zeros(TOKENS, np.int32)] * len(rows))
         used, places = np.unique(slots[rows], return_inverse=True)
+        places = places.reshape(slots[rows].shape)
         weights = np.zeros((pack.most, len(used)), np.float32)
-        np.put_along_axis(weights[: len(rows)], places.reshape(slots[rows].shape), 1 / slots.shape[1], axis=1)
-        mixture = Mixture(jnp.asarray(used), jnp.asarray(weights), jnp.zeros(pack.most))
+        np.put_along_axis(weights[: len(rows)], places, 1 / slots.shape[1], axis=1)
+        chosen = np.arange(len(used)) if alone else used
+        bank = jax.tree.map(lambda leaf: leaf[used], layer) if alone else layer
+        mixture = Mixture(jnp.asarray(chosen), jnp.asarray(weights), jnp.zeros(pack.most))
         inputs = {width: draw(*texts.shape, width) for width, _ in shapes.values()}
-        return inputs, layer, mixture, jnp.asarray(texts), jnp.asarray(slots[rows])
+        return inputs, bank, mixture, jnp.asarray(texts), jnp.asarray(places)
 
     groups = few_experts(slots, np.ones(slots.shape))
-    return packed(np.arange(TEXTS)), [packed(rows) for rows in groups]
+    return packed(np.arange(TEXTS), alone=True), [packed(rows, alone=False) for rows in groups]
 
 
 def main() -> None:
@@ -128,10 +132,10 @@ def main() -> None:
         for name, seconds in interleaved_seconds(runs, arguments.repeats).items():
             rows[name].append(f"{1000 * seconds:.1f}")
     table = [[name, *cells] for name, cells in rows.items()]
-    columns_of = ["milliseconds", *(f"{count} expert{'s' * (count > 1)} in use" for count in EXPERTS)]
+    columns_of = ["milliseconds", *(f"of {count} expert{'s' * (count > 1)}" for count in EXPERTS)]
     body = (
         f"One layer's {len(shapes)} matrices, rank {shape.rank}, {TEXTS} texts of {TOKENS} tokens packed, each of which mixes "
-        f"{SLOTS} of the experts in use, medians of {arguments.repeats}:\n\n{markdown_table(columns_of, table)}"
+        f"{SLOTS} of the experts, medians of {arguments.repeats}:\n\n{markdown_table(columns_of, table)}"
     )
     print(body)
     write_section("mixing", "Mixing experts in a layer", body)

@@ -17,15 +17,15 @@ from jaxtyping import Int
 
 from moeret.data.buckets import Batch, bucket_edges
 
-TRAINING_BUCKETS, STEPS_A_SHAPE = 8, 32
-"""Shapes of a training step that are compiled at most, and steps that pay for compiling one of them."""
+TRAINING_BUCKETS, BATCHES_A_SHAPE = 8, 32
+"""Shapes of a training step that are compiled at most, and batches that pay for compiling one of them."""
 WINDOW = 8
 """Batches that are sorted by length together; fewer where that would be more than an epoch."""
 
 
-def training_buckets(steps: int) -> int:
-    """How many shapes pay in so many steps: two at least, so that one long query does not pad all others to its length."""
-    return min(TRAINING_BUCKETS, max(2, steps // STEPS_A_SHAPE))
+def training_buckets(batches: int) -> int:
+    """How many shapes pay in so many batches: two at least, so that one long query does not pad all others to its length."""
+    return min(TRAINING_BUCKETS, max(2, batches // BATCHES_A_SHAPE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,16 @@ class BatchPlan:
         lengths: Sequence[Int[np.ndarray, "Q"]],
         batch_size: int,
         seed: int,
-        steps: int,
+        batches: int,
         devices: int = 1,
     ) -> "BatchPlan":
         """A plan for each expert's query lengths (in tokens), with edges chosen from all of them, split over devices.
 
-        `steps` are how many will be read at most: the more, the more shapes pay.
+        `batches` are how many all experts will read at most: the more, the more shapes pay.
         """
         # A step reads the same number of every expert's queries, so a small domain's lengths weigh as much as a large one's.
         weights = np.concatenate([np.full(len(own), 1 / len(own)) for own in lengths])
-        edges = bucket_edges(np.concatenate(lengths), training_buckets(steps), weights)
+        edges = bucket_edges(np.concatenate(lengths), training_buckets(batches), weights)
         return cls(tuple(names), tuple(lengths), batch_size, seed, edges, devices)
 
     def batch(self, step: int, expert: int) -> Batch:

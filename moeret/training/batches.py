@@ -64,7 +64,7 @@ class Batches:
         lengths = [np.array([len(ids) for ids in own.queries]) for own in sets]
         names = [own.name for own in sets]
         self._plan = BatchPlan.make(
-            names, lengths, config.batch_size, config.seed, int(self.limits.max()), row_devices(mesh)
+            names, lengths, config.batch_size, config.seed, int(self.limits.sum()), row_devices(mesh)
         )
         if document_ids is None:
             most = max(len(positives) for own in sets for positives in own.positives)
@@ -150,7 +150,10 @@ def _padded(positives: list[np.ndarray], width: int) -> Int[np.ndarray, "Q P"]:
 
 
 def _pair_edges(sets: Sequence[TrainingSet], document_ids: Ids, documents: int, steps: int) -> tuple[int, ...]:
-    """Edges for queries, each with so many documents; a domain counts as much as another."""
+    """Edges for queries, each with so many documents; a domain counts as much as another.
+
+    As many as an expert alone would have: a batch's texts are too few for more lengths, and would leave more chunks part empty.
+    """
     lengths, weights = [], []
     for own in sets:
         counts = [len(ids) for ids in own.queries], [len(document_ids[row]) for row in own.documents]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeret.data.buckets import Batch
-from moeret.data.plan import STEPS_A_SHAPE, TRAINING_BUCKETS, WINDOW, BatchPlan, Tally
+from moeret.data.plan import BATCHES_A_SHAPE, TRAINING_BUCKETS, WINDOW, BatchPlan, Tally
 
 NAMES = ("law", "medicine", "code", "finance")
 lengths_of_queries = st.lists(st.integers(2, 60), min_size=1, max_size=30).map(np.array)
@@ -81,7 +81,7 @@ def test_a_batch_fits_its_shape_and_the_devices_share_it_equally(own, batch_size
 @given(own=experts, batch_size=batch_sizes, steps=st.integers(0, 1000), step=st.integers(0, 20))
 def test_few_steps_compile_few_shapes_and_read_the_same_queries(own, batch_size, steps, step):
     plan, long = make(own, batch_size, steps=steps), make(own, batch_size)
-    assert len(plan.edges) <= max(2, steps // STEPS_A_SHAPE)
+    assert len(plan.edges) <= max(2, steps // BATCHES_A_SHAPE)
     assert plan.batch(step, 0).rows.tolist() == long.batch(step, 0).rows.tolist()
 
 
