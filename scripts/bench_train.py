@@ -385,7 +385,7 @@ def _plot(curves: dict[str, dict[str, Curve]], counts: dict[int, float]) -> None
             style = "-" if name == OURS else "--"
             axes.plot([curve.seconds[i] for i in shown], [100 * curve.dev[i] for i in shown], style, label=name)
         axes.set(xscale="log", xlabel="seconds of training", ylabel="dev nDCG@10 x 100", title=domain)
-    panels[0].legend(frameon=False, fontsize="x-small")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=3)
     panels[-1].plot([*counts], [*counts.values()], "o-")
     panels[-1].set(xlabel="experts in one run", ylabel="seconds", ylim=(0, None), title="one run")
     figure.savefig(FILE.parent / "docs" / "train.svg", metadata={"Date": None})
