@@ -81,7 +81,7 @@ def main() -> None:
             f"{tokens[count - 1]:,}",
             f"{taken[count]:.1f}",
             f"{own:.1f}",
-            f"{memory.get(count, np.nan):.0f}",
+            f"{memory[count]:.0f}" if count in memory else "",
         ]
         for count, own in cost.items()
     ]
