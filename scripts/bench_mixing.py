@@ -18,9 +18,8 @@ from jaxtyping import Array, Float, Int
 import moeret
 from moeret.config import DEFAULT_BASE, ExpertConfig
 from moeret.data.buckets import packs
-from moeret.models.embed import MOST_USED, few_experts
 from moeret.models.encoder import matrix_shapes
-from moeret.models.experts import Mixture, gather
+from moeret.models.experts import MOST_USED, Mixture, few_experts, gather
 from scripts.benchmarks import interleaved_seconds, markdown_table, write_section
 
 EXPERTS = (1, 8, 64)

@@ -103,7 +103,7 @@ class Peer:
     def __init__(self, config: TrainConfig, rate: float, *, lora: bool, bfloat16: bool):
         import torch
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.losses import MultipleNegativesRankingLoss
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
         self.device, self._wait = "cuda" if torch.cuda.is_available() else "cpu", torch.cuda.synchronize
         self.model = SentenceTransformer(str(find_base(DEFAULT_BASE)), device=self.device)

@@ -18,7 +18,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moeret.data.buckets import TOKENS_PER_BATCH, length_batches, packs, pad, standard_edges
 from moeret.models.encoder import EncoderConfig, cast_kernels, matrix_shapes, token_moments, with_params
-from moeret.models.experts import Bank, Mixture, Shared, fold, gather, take, trunk_layers
+from moeret.models.experts import (
+    MIXED,
+    Bank,
+    Mixture,
+    Shared,
+    few_experts,
+    fold,
+    gather,
+    only_experts,
+    take,
+    trunk_layers,
+)
 from moeret.models.mesh import local_mesh, replicate, row_devices, shard_base, shard_rows
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
@@ -32,9 +43,8 @@ _TOKENS_HELD = 2**16
 """Tokens whose hidden states wait for their experts at most, or one text's."""
 _TOKENS_ON_ACCELERATOR = 2**15
 """Padded tokens in a batch where there is no processor's cache to keep to."""
-_LEAST_USED, MOST_USED = 4, 8
-"""A program for mixed texts takes so many experts at least, so that few are compiled, and at most: every token is multiplied
-with the columns of all of them (scripts.bench_mixing)."""
+_LEAST_USED = 4
+"""A program for mixed texts takes so many experts at least, so that few are compiled."""
 _SAME_WEIGHT = 0.02
 """A smaller change of every expert's weight is none."""
 _FOLDED_BYTES = 2**30
@@ -292,23 +302,22 @@ class Embedder:
         mixed in one program.
         """
         out = np.empty((len(states), self.width), np.float32)
-        for expert, rows in _only_experts(experts, weights).items():
-            own = [states[row] for row in rows]
-            if expert == _MIXED:
-                out[rows] = self._run_mixed(own, experts[rows], weights[rows])
+        for expert, rows in only_experts(experts, weights).items():
+            if expert == MIXED:
+                for group in few_experts(experts[rows], weights[rows]):
+                    some = rows[group]
+                    out[some] = self._run_mixed([states[row] for row in some], experts[some], weights[some])
             else:
-                out[rows] = (self._folded(expert) if expert else self)._run_packed(own)
+                out[rows] = (self._folded(expert) if expert else self)._run_packed([states[row] for row in rows])
         return out
 
     def _run_packed(self, states: Sequence[Float[np.ndarray, "L D"]]) -> Float[np.ndarray, "B D"]:
         """Base embeddings."""
-        out, config = np.empty((len(states), self.width), np.float32), self.base_encoder.config
-        for pack in packs(np.array([len(own) for own in states]), _tokens_per_batch()):
-            order, tokens, texts, _ = pack.arrays(states)
-            arrays = replicate(self.mesh, (tokens, texts))
-            vectors = _packed_branch(config, self.trunk_layers, pack.most, self._params, *arrays)
-            out[order] = np.asarray(vectors)[: len(order)]
-        return out
+
+        def run(_: Int[np.ndarray, "T"], most: int, x: Array, texts: Array) -> Array:
+            return _packed_branch(self.base_encoder.config, self.trunk_layers, most, self._params, x, texts)
+
+        return self._by_packs(states, run)
 
     def _run_mixed(
         self,
@@ -317,15 +326,23 @@ class Embedder:
         weights: Float[np.ndarray, "B S"],
     ) -> Float[np.ndarray, "B D"]:
         """Embeddings by each text's own mix."""
-        out, config = np.empty((len(states), self.width), np.float32), self.base_encoder.config
-        for rows in few_experts(experts, weights):
-            own = [states[row] for row in rows]
-            for pack in packs(np.array([len(state) for state in own]), _tokens_per_batch()):
-                order, tokens, texts, _ = pack.arrays(own)
-                mixture = self._mixture(experts[rows[order]], weights[rows[order]], pack.most)
-                arrays = replicate(self.mesh, (tokens, texts, mixture))
-                vectors = _mixed_branch(config, self.trunk_layers, self._params, self.bank, self._shared, *arrays)
-                out[rows[order]] = np.asarray(vectors)[: len(order)]
+
+        def run(order: Int[np.ndarray, "T"], most: int, x: Array, texts: Array) -> Array:
+            mixture = replicate(self.mesh, self._mixture(experts[order], weights[order], most))
+            config, layers = self.base_encoder.config, self.trunk_layers
+            return _mixed_branch(config, layers, self._params, self.bank, self._shared, x, texts, mixture)
+
+        return self._by_packs(states, run)
+
+    def _by_packs(
+        self, states: Sequence[Float[np.ndarray, "L D"]], run: Callable[..., Float[Array, "_ D"]]
+    ) -> Float[np.ndarray, "B D"]:
+        """What `run` makes of texts, given their order in a pack, how many it may hold, its tokens and whose they are."""
+        out = np.empty((len(states), self.width), np.float32)
+        for pack in packs(np.array([len(own) for own in states]), _tokens_per_batch()):
+            order, tokens, texts, _ = pack.arrays(states)
+            vectors = run(order, pack.most, *replicate(self.mesh, (tokens, texts)))
+            out[order] = np.asarray(vectors)[: len(order)]
         return out
 
     def _mixture(self, experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"], count: int) -> Mixture:
@@ -343,36 +360,6 @@ class Embedder:
 def _tokens_per_batch() -> int:
     """Padded tokens that a device encodes at a time."""
     return TOKENS_PER_BATCH if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATOR
-
-
-def few_experts(experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]) -> Iterator[Int[np.ndarray, "_"]]:
-    """Texts in groups that use MOST_USED experts at most together, but for a text that alone uses more."""
-    used = [frozenset(own[weight != 0].tolist()) for own, weight in zip(experts, weights, strict=True)]
-    group: list[int] = []
-    together: frozenset[int] = frozenset()
-    for row in sorted(range(len(used)), key=lambda row: sorted(used[row])):
-        if group and len(together | used[row]) > MOST_USED:
-            yield np.array(group)
-            group, together = [], frozenset()
-        group.append(row)
-        together |= used[row]
-    if group:
-        yield np.array(group)
-
-
-_MIXED = -1
-
-
-def _only_experts(
-    experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]
-) -> dict[int, Int[np.ndarray, "_"]]:
-    """The rows that use just one expert, wholly, by that expert (0 also for none), and the others as _MIXED."""
-    first = np.argmax(weights, axis=1)
-    best = np.take_along_axis(weights, first[:, None], axis=1)[:, 0]
-    one = (weights != 0).sum(axis=1) == 1
-    only = np.take_along_axis(experts, first[:, None], axis=1)[:, 0]
-    only = np.where(one & (best == 1), only, np.where(weights.any(axis=1), _MIXED, 0))
-    return {expert: np.flatnonzero(only == expert) for expert in np.unique(only).tolist()}
 
 
 def _differ(one: Choice, other: Choice) -> Bool[np.ndarray, "B"]:

@@ -7,7 +7,7 @@ is copied for a text, and the cost depends on the experts in use, not on all the
 expert may be merged with one shared delta, learned from all domains (cf. Twin-Merging, NeurIPS 2024).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,12 @@ from moeret.models.encoder import Deltas, EncoderConfig, matrix_shapes
 
 Factors = dict[str, Array]
 Bank = dict[str, dict[str, Factors]]
+
+
+MIXED = -1
+"""Instead of an expert's number: several, or a part of one."""
+MOST_USED = 8
+"""Experts that texts which are mixed together use at most: every token is multiplied with the columns of all of them."""
 
 
 class Mixture(NamedTuple):
@@ -157,3 +163,28 @@ def unflatten(tensors: dict[str, np.ndarray]) -> Bank:
         layer, matrix, factor = name.split(".")
         expert.setdefault(layer, {}).setdefault(matrix, {})[factor] = array
     return expert
+
+
+def few_experts(experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]) -> Iterator[Int[np.ndarray, "_"]]:
+    """Texts in groups that use MOST_USED experts at most together, but for a text that alone uses more."""
+    used = [frozenset(own[weight != 0].tolist()) for own, weight in zip(experts, weights, strict=True)]
+    group: list[int] = []
+    together: frozenset[int] = frozenset()
+    for row in sorted(range(len(used)), key=lambda row: sorted(used[row])):
+        if group and len(together | used[row]) > MOST_USED:
+            yield np.array(group)
+            group, together = [], frozenset()
+        group.append(row)
+        together |= used[row]
+    if group:
+        yield np.array(group)
+
+
+def only_experts(experts: Int[np.ndarray, "B S"], weights: Float[np.ndarray, "B S"]) -> dict[int, Int[np.ndarray, "_"]]:
+    """The rows that use just one expert, wholly, by that expert (0 also for none), and the others as MIXED."""
+    first = np.argmax(weights, axis=1)
+    best = np.take_along_axis(weights, first[:, None], axis=1)[:, 0]
+    one = (weights != 0).sum(axis=1) == 1
+    only = np.take_along_axis(experts, first[:, None], axis=1)[:, 0]
+    only = np.where(one & (best == 1), only, np.where(weights.any(axis=1), MIXED, 0))
+    return {expert: np.flatnonzero(only == expert) for expert in np.unique(only).tolist()}

@@ -19,8 +19,8 @@ from moeret.models.familiarity import Familiarity
 CENTROID_SCALE = 20.0
 """Sharpness of centroid probabilities before any calibration."""
 ALONE = 0.9
-"""An expert of so much weight embeds a query alone; the others' indexes are searched all the same. To merge deltas costs as
-much as three queries."""
+"""An expert of so much weight embeds a query alone; the others' indexes are searched all the same. To merge deltas costs
+several times as much."""
 
 Reads = Literal["trunk", "base"]
 """The part of a reading that a router is linear in."""

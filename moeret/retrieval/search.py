@@ -94,10 +94,11 @@ class Retriever:
         self.fusion: Fusion = "score" if model.tower == "query" else "calibrated"
 
     @classmethod
-    def load(cls, index: str | Path, *, model: Model | None = None, precision: Precision = "float32") -> "Retriever":
+    def load(cls, index: str | Path, *, model: Model | None = None, precision: Precision | None = None) -> "Retriever":
         """Loads an index with the model that it holds, or with `model`, which must be the one it was built with.
 
-        `precision` is of the products that embed queries, whatever the documents were embedded in (see Model.in_precision).
+        `precision` is of the products that embed queries, the model's own unless given (see Model.in_precision), whatever the
+        documents were embedded in.
 
         Raises:
           ArtifactError: the index or its model is damaged, unfinished, or `model` is another one.
@@ -106,14 +107,14 @@ class Retriever:
         return artifact.load(Path(index), KIND, lambda published: cls._from_artifact(published, model, precision))
 
     @classmethod
-    def _from_artifact(cls, published: Artifact, model: Model | None, precision: Precision) -> "Retriever":
+    def _from_artifact(cls, published: Artifact, model: Model | None, precision: Precision | None) -> "Retriever":
         built_with = published.meta["model"]["fingerprint"]
         model = model or Model.load(published.root / published.meta["model"]["folder"])
         if model.published is None or model.published.fingerprint != built_with:
             raise ArtifactError(
                 f"{published.root} was built with another model ({built_with[:12]}); search it with its own, or build it anew"
             )
-        return cls(published, model.in_precision(precision))
+        return cls(published, model if precision is None else model.in_precision(precision))
 
     def close(self) -> None:
         """Gives the index's files back."""

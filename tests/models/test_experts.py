@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from moeret.config import MATRICES, ExpertConfig
 from moeret.models import experts
-from moeret.models.embed import _MANY, MOST_USED, Embedder, _mixed_branch, few_experts
+from moeret.models.embed import _MANY, Embedder, _mixed_branch
 from moeret.models.encoder import with_params
-from moeret.models.experts import Mixture
+from moeret.models.experts import MOST_USED, Mixture, few_experts
 from moeret.models.pretrained import load_base
 
 COUNT = 3

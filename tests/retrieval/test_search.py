@@ -293,9 +293,12 @@ def test_another_model_is_refused(index_folder, base_folder, both):
 
 
 def test_its_own_model_may_be_shared(index_folder, model_folder, retriever):
-    loaded = Retriever.load(index_folder, model=Model.load(model_folder))
-    assert_same_hits(loaded.search("apple"), retriever.search("apple"))
-    loaded.close()
+    for model in (own := Model.load(model_folder), own.in_precision("bfloat16")):
+        loaded = Retriever.load(index_folder, model=model)
+        assert loaded.model is model  # in its own precision, and what it keeps is shared
+        if model is own:
+            assert_same_hits(loaded.search("apple"), retriever.search("apple"))
+        loaded.close()
 
 
 def test_every_file_of_an_index_that_is_damaged_is_refused_by_name(tmp_path, index_folder):
