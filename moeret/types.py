@@ -6,7 +6,8 @@ rank, S slots (experts that one text mixes), T queries of a memory or texts of a
 Expert 0 is always the base itself: it has no delta, and abstaining is routing to it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 BASE_EXPERT = "base"
 """The name of expert 0 in routes, hits and on the command line."""
@@ -16,11 +17,15 @@ SHARED_EXPERT = "shared"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document of a corpus; `id` is unique within its expert's index."""
+    """One document of a corpus; `id` is unique in its domain, or among the documents without one.
+
+    `metadata` is a JSON object with sorted keys, or empty: what a search can filter by, as text so that documents are hashable.
+    """
 
     id: str
     text: str
     title: str = ""
+    metadata: str = ""
 
     @property
     def contents(self) -> str:
@@ -30,7 +35,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One ranked document: `rank` counts from 1, `expert` is the one whose index held it.
+    """One ranked document: `rank` counts from 1, `expert` is the one whose index held it, `metadata` what its line said.
 
     `score` is the cosine and what words and memory add to it; after fusion by rank or chance, the fused score.
     """
@@ -41,6 +46,7 @@ class Hit:
     expert: str
     title: str
     text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Reading BEIR folders, and saying what is wrong with them before any work is done; writing them.
 
-A folder holds `corpus.jsonl` ({"_id", "title", "text"} a line), `queries.jsonl` ({"_id", "text"}) and
+A folder holds `corpus.jsonl` ({"_id", "title", "text"} a line, and "metadata" if need be), `queries.jsonl` ({"_id", "text"}) and
 `qrels/SPLIT.tsv` (a header line, then query-id, corpus-id, score).
 """
 
@@ -117,7 +117,11 @@ def write_domain(domain: Domain) -> Path:
     """Writes the domain's BEIR folder, with its corpus and splits, and returns where it is. No id may hold a tab or a line end."""
     folder = domain.path
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    corpus = ({"_id": own.id, "title": own.title, "text": own.text} for own in domain.corpus)
+    corpus = (
+        {"_id": own.id, "title": own.title, "text": own.text}
+        | ({"metadata": json.loads(own.metadata)} if own.metadata else {})
+        for own in domain.corpus
+    )
     queries = {id: text for judged in domain.splits.values() for id, text in judged.queries.items()}
     _write_lines(folder / "corpus.jsonl", map(json.dumps, corpus))
     _write_lines(folder / "queries.jsonl", (json.dumps({"_id": id, "text": text}) for id, text in queries.items()))
@@ -147,7 +151,7 @@ def read_corpus(path: Path) -> list[Document]:
     problems, lines, documents = Problems(path), {}, []
     for number, row in _rows(path, problems):
         try:
-            document = Document(id=_id(row), title=_text(row, "title", ""), text=_text(row, "text"))
+            document = document_of(row)
         except DataError as error:
             problems.add(f"line {number}: {error}")
             continue
@@ -159,6 +163,11 @@ def read_corpus(path: Path) -> list[Document]:
     if not documents:
         raise DataError(f"{path}: the corpus is empty")
     return documents
+
+
+def document_of(row: dict[str, Any]) -> Document:
+    """The document that a line of a corpus says. Raises DataError, without the place, if it says none."""
+    return Document(id=_id(row), title=_text(row, "title", ""), text=_text(row, "text"), metadata=_metadata(row))
 
 
 def read_queries(path: Path) -> dict[str, str]:
@@ -297,6 +306,17 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise DataError(f"{key} must be a string, got {_short(value)}" if key in row else f"{key} is missing")
     return _encodable(value, key)
+
+
+def _metadata(row: dict[str, Any]) -> str:
+    value = row.get("metadata") or {}
+    if not isinstance(value, dict):
+        raise DataError(f"metadata must be a JSON object, got {_short(value)}")
+    try:
+        text = json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    except ValueError:
+        raise DataError(f"metadata must have finite numbers, got {_short(value)}") from None
+    return _encodable(text, "metadata") if value else ""
 
 
 def _short(value: Any) -> str:

@@ -87,8 +87,13 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 @settings(deadline=None)
 @given(rows=st.dictionaries(texts.filter(bool), st.tuples(texts, texts), min_size=1, max_size=5), plain=st.booleans())
 def test_a_corpus_survives_a_trip_through_a_file(tmp_path_factory, rows, plain):
-    documents = [Document(id, text, title) for id, (text, title) in rows.items() if f"{title} {text}".strip()]
-    lines = [{"_id": own.id, "title": own.title, "text": own.text, "metadata": {"more": 1}} for own in documents]
+    documents = [
+        Document(id, text, title, '{"a": "ü", "more": 1}')
+        for id, (text, title) in rows.items()
+        if f"{title} {text}".strip()
+    ]
+    more = {"more": 1, "a": "ü"}
+    lines = [{"_id": own.id, "title": own.title, "text": own.text, "metadata": more} for own in documents]
     path = written(tmp_path_factory.getbasetemp() / "trip.jsonl", *(json.dumps(x, ensure_ascii=plain) for x in lines))
     if documents:
         assert read_corpus(path) == documents
@@ -196,6 +201,17 @@ def test_an_empty_a_missing_and_an_unreadable_corpus_are_told_apart(corpus, tmp_
 
 
 # Queries and judgments
+
+
+@pytest.mark.parametrize("metadata", [[], "en", 7, {"year": float("nan")}, {"a": "\udc00"}])
+def test_metadata_that_is_no_object_is_refused_with_its_line(corpus, metadata):
+    row = json.dumps({"_id": "b", "text": "x", "metadata": metadata})
+    written(corpus, {"_id": "a", "text": "x", "metadata": None}, row)
+    if not metadata:
+        assert [own.metadata for own in read_corpus(corpus)] == ["", ""]
+        return
+    with pytest.raises(DataError, match=r"line 2: metadata (must|is not valid)"):
+        read_corpus(corpus)
 
 
 def test_queries_are_checked_like_documents(tmp_path):
