@@ -14,9 +14,10 @@ from moeret.evaluation.baselines import System
 from moeret.evaluation.testsets import Ranked, TestSet, score
 from moeret.metrics import NDCG
 from moeret.models.memory import Blend
-from moeret.retrieval.expert_index import ExpertIndex, build_memory
-from moeret.retrieval.hnsw import build_segment
+from moeret.retrieval.expert_index import ExpertIndex, Part
+from moeret.retrieval.hnsw import build_vector_index
 from moeret.retrieval.search import Retriever
+from moeret.retrieval.segment import Answers
 from moeret.training.blend import LEXICAL, MEMORY, remember
 
 
@@ -29,12 +30,14 @@ def blended_system(
     """The rival that embeds queries by `encode`, and the blend with the best mean dev nDCG@10 over domains, which it uses."""
     held, rows, exact = retriever.held(), retriever.distinct(), IndexConfig(exact_below=10**9)
     documents = [held[row][1] for row in rows]
-    index = ExpertIndex(
+    contents, memory = [document.contents for document in documents], remember(domains, encode)
+    part = Part(
         0,
-        build_segment(retriever.vectors()[rows], np.arange(len(documents)), exact),
-        Lexical.of([document.contents for document in documents]),
-        build_memory(remember(domains, encode), documents, 0, exact),
+        build_vector_index(retriever.vectors()[rows], exact),
+        Lexical.of(contents),
+        Answers(*memory.answers(contents)),
     )
+    index = ExpertIndex((part,), build_vector_index(memory.queries.astype(np.float32), exact))
 
     def ranked(vectors: np.ndarray, words: Sequence[list[str]], blend: Blend, k: int) -> list[Ranked]:
         found = index.search(vectors, words, [blend] * len(words), k)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import tyro
-from safetensors.numpy import load_file
 
 import moeret
 from experiments.folders import made_from
@@ -131,9 +130,8 @@ def _without(name: str, place: Path, arguments: Arguments) -> dict[str, Any]:
         "test": {"base": run(test.judged, "base")[0], "routed": routed},
         "dev": {"base": run(domain.splits["dev"], "base")[0]},
     }
-    sketches = load_file(retriever.index.path(retriever.index.meta["sketches"]))
     for share in SHARES:
-        retriever.strange_limit = Evidence(retriever.model.experts, sketches).limit(retriever.model, share)
+        retriever.strange_limit = Evidence(retriever.model.experts, retriever.sketches).limit(retriever.model, share)
         routed, found = run(domain.splits["dev"], "auto")
         indexes = float(np.mean([len(names) for names in found.indexes]))
         result["dev"][f"{share:.0%}"] = {"routed": routed, "indexes": indexes}

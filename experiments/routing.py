@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import tyro
 from jaxtyping import Float
-from safetensors.numpy import load_file
 
 import moeret
 from experiments.pilots import pilots_of, similarities
@@ -157,7 +156,7 @@ def _uses(retriever: moeret.Retriever, dev: list[TestSet]) -> str:
         "as dev chose": (chosen, "auto", likelihood),
     }
     rows = []
-    sketches, usual = load_file(retriever.index.path(retriever.index.meta["sketches"])), retriever.strange_limit
+    sketches, usual = retriever.sketches, retriever.strange_limit
     for label, (router, route, weight) in settings.items():
         # The limit is the default router's, as the index has it; without evidence strangeness is another, and so is its limit.
         model.query_router, evidence.LIKELIHOOD = chosen, weight
@@ -191,7 +190,7 @@ def _each_its_own(
     retriever: moeret.Retriever, sets: list[TestSet], router: Router, fusion: Fusion
 ) -> tuple[dict[str, list[Ranked]], float]:
     """Every chosen expert searches its own index with its own vector; the lists are fused."""
-    model, rows = retriever.model, np.arange(sum(retriever.sizes.values()))
+    model = retriever.model
     out, indexes = {}, []
     for test in sets:
         texts = [*test.judged.queries.values()]
@@ -203,7 +202,7 @@ def _each_its_own(
                 found = retriever.rank([texts[row] for row, _ in mine], DEPTH + 1, route=name).ranked
                 for (row, slot), own in zip(mine, found, strict=True):
                     lists[row].append(Ranking(*own, weight=float(choice.weights[row, slot])))
-        out[test.name] = [fuse(own, fusion, DEPTH + 1, rows) for own in lists]
+        out[test.name] = [fuse(own, fusion, DEPTH + 1, lambda rows: rows) for own in lists]
         indexes.append(np.mean([len(own) for own in lists]))
     return out, float(np.mean(indexes))
 

@@ -25,10 +25,15 @@ _HOMES = {
     "TrainConfig": "config",
     "add_expert": "training.run",
     "build_index": "retrieval.build",
+    "compact_index": "retrieval.update",
+    "estimate_index": "retrieval.estimate",
     "evaluate": "evaluation.benchmark",
     "remove_expert": "training.run",
+    "rollback_index": "retrieval.update",
     "score_run": "evaluation.benchmark",
     "train": "training.run",
+    "update_index": "retrieval.update",
+    "verify_index": "retrieval.verify",
 }
 __all__ = [
     "ArtifactError",
@@ -48,10 +53,15 @@ __all__ = [
     "TrainConfig",
     "add_expert",
     "build_index",
+    "compact_index",
+    "estimate_index",
     "evaluate",
     "remove_expert",
+    "rollback_index",
     "score_run",
     "train",
+    "update_index",
+    "verify_index",
 ]
 
 

@@ -4,6 +4,8 @@ An artifact is a directory. `manifest.json` lists its files with size and SHA-25
 new contents: a writer adds files whose names carry their own digest, then renames a new manifest over the old one. A
 reader therefore sees the old artifact or the new one, whatever moment a writer dies at, and a directory without a
 manifest is one whose making has not finished. Writers hold an flock on the directory, which a dead writer cannot hold.
+
+An artifact may keep its last versions, *snapshots*: their manifests lie in `snapshots`, and files that one of them names stay.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -21,8 +23,9 @@ from typing import Any, TypeVar
 from moeret.errors import ArtifactError, BusyError
 
 T = TypeVar("T")
-FORMAT = "moeret-8"
+FORMAT = "moeret-9"
 MANIFEST = "manifest.json"
+_SNAPSHOTS = "snapshots"
 _DIGESTED = re.compile(r"-([0-9a-f]{12})(\.[a-z0-9]+)?$")
 _TEMPORARY = ".unfinished"
 
@@ -37,13 +40,17 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A published directory: `meta` is its kind's own JSON, `fingerprint` a hash of meta and all file digests."""
+    """A published directory: `meta` is its kind's own JSON, `fingerprint` a hash of meta and all file digests.
+
+    `snapshot` counts what was published there; 0 where no snapshots are kept.
+    """
 
     root: Path
     kind: str
     meta: dict[str, Any]
     files: dict[str, FileEntry]
     fingerprint: str
+    snapshot: int
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists."""
@@ -70,20 +77,47 @@ def exists(root: Path) -> bool:
     return (root / MANIFEST).is_file()
 
 
-def read(root: Path, kind: str) -> Artifact:
-    """Reads the manifest at `root` and checks every file against it.
+def read(root: Path, kind: str, known: Artifact | None = None) -> Artifact:
+    """Reads the manifest at `root` and checks every file against it, but for those that `known`, read before, has too.
 
     Raises:
       ArtifactError: nothing is there, it is unfinished, of another kind or format, or a file is missing or altered.
     """
-    manifest = root / MANIFEST
     if not root.is_dir():
         raise ArtifactError(f"no {kind} at {root}: there is no such directory")
+    artifact = _parse(root, root / MANIFEST, kind)
+    for name, entry in artifact.files.items():
+        if known is None or known.files.get(name) != entry:
+            _check_file(artifact, name, entry)
+    return artifact
+
+
+def inside(artifact: Artifact, prefix: str, kind: str) -> Artifact:
+    """What `Draft.include` put under `prefix` of an artifact that was read: its files are checked already.
+
+    Raises:
+      ArtifactError: nothing of this kind is there, or its manifest names other files than the outer one.
+    """
+    root = artifact.path(f"{prefix}/{MANIFEST}").parent
+    own = _parse(root, root / MANIFEST, kind)
+    for name, entry in own.files.items():
+        if artifact.files.get(f"{prefix}/{name}") != entry:
+            raise ArtifactError(
+                f"{root / MANIFEST} and {artifact.root / MANIFEST} do not agree on {name!r}; make the {artifact.kind} anew"
+            )
+    return own
+
+
+def _parse(root: Path, manifest: Path, kind: str) -> Artifact:
+    """What a manifest says, without a look at the files."""
     try:
         raw = json.loads(manifest.read_text())
         found = raw["format"], raw["kind"]
         files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-        artifact = Artifact(root, raw["kind"], raw["meta"], files, raw["fingerprint"])
+        number = raw.get("snapshot", {"number": 0})
+        if "snapshot" in raw and number["digest"] != fingerprint([number["number"], raw["fingerprint"]]):
+            raise ValueError("the snapshot's digest is another")
+        artifact = Artifact(root, raw["kind"], raw["meta"], files, raw["fingerprint"], number["number"])
     except FileNotFoundError:
         raise ArtifactError(
             f"{root} holds no finished {kind} (no {MANIFEST}); run the command that makes it, again if it was cut off"
@@ -101,9 +135,17 @@ def read(root: Path, kind: str) -> Artifact:
         raise ArtifactError(
             f"{manifest} was altered: its fingerprint does not match its contents; make the {kind} anew"
         )
-    for name, entry in files.items():
-        _check_file(artifact, name, entry)
     return artifact
+
+
+def snapshots(root: Path, kind: str) -> list[Artifact]:
+    """The versions that are kept of an artifact, oldest first, the present one last; their files are not checked."""
+    kept = [_parse(root, path, kind) for path in _snapshot_files(root)]
+    return [*kept, _parse(root, root / MANIFEST, kind)]
+
+
+def _snapshot_files(root: Path) -> list[Path]:
+    return sorted(path for path in (root / _SNAPSHOTS).glob("*.json") if path.stem.isdecimal())
 
 
 def _a(kind: str) -> str:
@@ -112,10 +154,15 @@ def _a(kind: str) -> str:
 
 def load(root: Path, kind: str, make: Callable[[Artifact], T]) -> T:
     """`make(read(root, kind))`, again if a writer published the next version meanwhile and deleted this one's files."""
+    return retry(root, lambda root: make(read(root, kind)))
+
+
+def retry(root: Path, run: Callable[[Path], T]) -> T:
+    """`run(root)`, again if that fails and a writer has published the next version meanwhile."""
     while True:
         before = _manifest_bytes(root)
         try:
-            return make(read(root, kind))
+            return run(root)
         except (ArtifactError, FileNotFoundError):
             if before is None or _manifest_bytes(root) == before:
                 raise
@@ -126,6 +173,12 @@ def _manifest_bytes(root: Path) -> bytes | None:
         return (root / MANIFEST).read_bytes()
     except OSError:
         return None
+
+
+def check(artifact: Artifact) -> None:
+    """Checks every file of a version whose manifest was read. Raises ArtifactError as `read` does."""
+    for name, entry in artifact.files.items():
+        _check_file(artifact, name, entry)
 
 
 def _check_file(artifact: Artifact, name: str, entry: FileEntry) -> None:
@@ -180,6 +233,10 @@ class Draft:
         self._files[name] = artifact.files[name]
         return name
 
+    def keep_folder(self, artifact: Artifact, prefix: str) -> None:
+        """Carries all files under `prefix` over into the next version."""
+        self._files |= {name: entry for name, entry in artifact.files.items() if name.startswith(f"{prefix}/")}
+
     def copy(self, name: str, source: Path) -> str:
         """Copies a file in under its plain name, for names that others prescribe; it must never change afterwards."""
         target = self.root / name
@@ -216,53 +273,79 @@ class Draft:
             temporary.unlink(missing_ok=True)
             raise
 
-    def publish(self, meta: dict[str, Any]) -> Artifact:
-        """Makes this version the one that readers see, in one rename, then deletes what no version needs."""
+    def publish(self, meta: dict[str, Any], keep: int = 0, *, forget: bool = False) -> Artifact:
+        """Makes this version the one that readers see, in one rename, then deletes what no version needs.
+
+        Of the versions before it the last `keep` stay as snapshots; none if this `forget`s them.
+        """
         files = dict(sorted(self._files.items()))
-        previous = _listed(self.root)
+        previous, before = _listed(self.root / MANIFEST), _number(self.root / MANIFEST)
+        digest = _fingerprint_of(self.kind, meta, files)
+        number = {"number": before + 1, "digest": fingerprint([before + 1, digest])}
         raw = {
             "format": FORMAT,
             "kind": self.kind,
-            "fingerprint": _fingerprint_of(self.kind, meta, files),
+            **({"snapshot": number} if keep else {}),
+            "fingerprint": digest,
             "meta": meta,
             "files": {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in files.items()},
         }
+        if keep and before and not forget:
+            (self.root / _SNAPSHOTS).mkdir(exist_ok=True)
+            write_atomically(self.root / _SNAPSHOTS / f"{before:06d}.json", (self.root / MANIFEST).read_bytes())
         write_atomically(self.root / MANIFEST, (json.dumps(raw, indent=1) + "\n").encode())
-        self._prune(previous)
-        return Artifact(self.root, self.kind, meta, files, raw["fingerprint"])
+        older = _snapshot_files(self.root)
+        for path in older if forget else older[: max(0, len(older) - keep)]:
+            previous |= _listed(path)
+            path.unlink()
+        kept = set().union(*(_listed(path) for path in _snapshot_files(self.root)))
+        self._prune(previous, kept)
+        return Artifact(self.root, self.kind, meta, files, digest, before + 1 if keep else 0)
 
-    def _prune(self, previous: set[str]) -> None:
-        """Deletes the files of the version before this one, and those that a killed writer left in the same folders."""
+    def _prune(self, previous: set[str], kept: set[str]) -> None:
+        """Deletes the files of versions that are no more, and those that a killed writer left in the same folders."""
         folders = {(self.root / name).parent for name in previous | self._files.keys()}
         strays = {
             path.relative_to(self.root).as_posix()
             for folder in folders
             if folder.is_dir()
             for path in folder.iterdir()
-            if path.is_file() and _is_stray(path)
+            if path.is_file() and _is_stray(path, self.root, kept | self._files.keys())
         }
-        for name in (previous | strays) - self._files.keys():
+        for name in (previous | strays) - self._files.keys() - kept:
             (self.root / name).unlink(missing_ok=True)
-        for folder in sorted(folders, reverse=True):
+        for folder in sorted(folders | {self.root / _SNAPSHOTS}, reverse=True):
             while folder != self.root and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
                 folder = folder.parent
 
 
-def _is_stray(path: Path) -> bool:
+def _is_stray(path: Path, root: Path, used: Set[str]) -> bool:
     """Whether a writer of ours left this file: other people's names may end in twelve hex digits too (UUIDs, dates)."""
+    if path.relative_to(root).as_posix() in used:
+        return False
     digits = _DIGESTED.search(path.name)
     return path.name.endswith(_TEMPORARY) or (digits is not None and sha256_of(path).startswith(digits[1]))
 
 
-def _listed(root: Path) -> set[str]:
-    """The files that the manifest at `root` names; none where there is no readable manifest of ours."""
-    try:
-        raw = json.loads((root / MANIFEST).read_text())
-        names = raw["files"].keys() if raw["format"] == FORMAT else ()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()
+def _listed(manifest: Path) -> set[str]:
+    """The files that a manifest names; none where it is not to be read, or not ours."""
+    names = _raw(manifest).get("files", {})
     return {name for name in names if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts}
+
+
+def _number(manifest: Path) -> int:
+    """The number of the snapshot at a manifest; 0 where there is none."""
+    number = _raw(manifest).get("snapshot")
+    return number["number"] if isinstance(number, dict) and isinstance(number.get("number"), int) else 0
+
+
+def _raw(manifest: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(manifest.read_text())
+        return raw if raw["format"] == FORMAT and isinstance(raw["files"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

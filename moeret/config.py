@@ -15,6 +15,7 @@ MATRICES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out")
 
 Tower = Literal["query", "both"]
 Precision = Literal["float32", "bfloat16"]
+OnError = Literal["stop", "skip"]
 RouteMode = Literal["auto", "oracle", "base", "all"]
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -132,6 +133,12 @@ class IndexConfig:
     precision: Precision = "float32"
     """Of the products that embed documents, summed in float32 either way; bfloat16 is faster where the processor multiplies
     it. What training has embedded is in float32."""
+    shard_documents: int = 4096
+    """Documents that are embedded before they are saved: what a job loses at most when it is killed."""
+    segment_documents: int = 2**18
+    """Documents of a segment at most. Linking holds one segment a thread in memory; a search looks into every segment."""
+    snapshots: int = 3
+    """How many earlier snapshots stay when another is published, to go back to."""
 
     def __post_init__(self) -> None:
         require(self.precision in get_args(Precision), f"precision must be float32 or bfloat16, got {self.precision!r}")
@@ -142,6 +149,8 @@ class IndexConfig:
         )
         require(1 <= self.ef <= 10**6, f"ef must be in [1, 1000000], got {self.ef}")
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2^31), got {self.seed}")
+        for name in ("shard_documents", "segment_documents", "snapshots"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(self.exact_below >= 0, f"exact_below must not be negative, got {self.exact_below}")
 
 

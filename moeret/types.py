@@ -35,7 +35,9 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One ranked document: `rank` counts from 1, `expert` is the one whose index held it, `metadata` what its line said.
+    """One ranked document: `rank` counts from 1, `expert` is the one whose index held it.
+
+    `domain` is the document's own, empty for one without a domain: ids are unique in it. `metadata` is what its line said.
 
     `score` is the cosine and what words and memory add to it; after fusion by rank or chance, the fused score.
     """
@@ -46,6 +48,7 @@ class Hit:
     expert: str
     title: str
     text: str
+    domain: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 

@@ -194,7 +194,9 @@ def test_search_prints_hits_as_json(chain):
     found = chain.searched.json
     assert found["query"] == QUERY
     assert [hit["rank"] for hit in found["hits"]] == [1, 2, 3, 4, 5]
-    assert all(hit.keys() == {"rank", "id", "score", "expert", "title", "text"} for hit in found["hits"])
+    assert all(
+        hit.keys() == {"rank", "id", "score", "expert", "domain", "title", "text", "metadata"} for hit in found["hits"]
+    )
     assert found["abstained"] == (not found["experts"])
 
 

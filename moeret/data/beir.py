@@ -84,6 +84,28 @@ def parse_domains(arguments: list[str]) -> dict[str, Path]:
     return domains
 
 
+def parse_deletions(arguments: list[str]) -> dict[str, list[str]]:
+    """Turns `["law=gone.jsonl", "more.jsonl"]` into {"law": [ids], "": [ids]}, from files of {"_id": ...} lines.
+
+    Raises:
+      DataError: a file that cannot be read, or a line without an id.
+    """
+    out: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, equals, file = argument.partition("=")
+        named = bool(equals) and _NAME.fullmatch(name) is not None
+        own = out.setdefault(name if named else "", [])
+        path = Path(file if named else argument)
+        problems = Problems(path)
+        for number, row in _rows(path, problems):
+            try:
+                own.append(_id(row))
+            except DataError as error:
+                problems.add(f"line {number}: {error}")
+        problems.raise_if_any()
+    return out
+
+
 def check_name(name: str) -> None:
     """Raises DataError unless `name` can name a domain and its files."""
     if not _NAME.fullmatch(name) or name in _RESERVED:
@@ -156,7 +178,7 @@ def read_corpus(path: Path) -> list[Document]:
             problems.add(f"line {number}: {error}")
             continue
         if document.id in lines:
-            problems.add(f"line {number}: id {_short(document.id)} is already on line {lines[document.id]}")
+            problems.add(f"line {number}: id {short(document.id)} is already on line {lines[document.id]}")
         lines.setdefault(document.id, number)
         documents.append(document)
     problems.raise_if_any()
@@ -278,16 +300,22 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                problems.add(
-                    f"line {number}: not JSON ({getattr(error, 'msg', type(error).__name__)}): {line.strip()[:60]!r}"
-                )
+                row = row_of(line)
+            except DataError as error:
+                problems.add(f"line {number}: {error}")
                 continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                problems.add(f"line {number}: expected a JSON object, got {line.strip()[:60]!r}")
+            yield number, row
+
+
+def row_of(line: str) -> dict[str, Any]:
+    """The JSON object on a line. Raises DataError, without the place, if there is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({getattr(error, 'msg', type(error).__name__)}): {line.strip()[:60]!r}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"expected a JSON object, got {line.strip()[:60]!r}")
+    return row
 
 
 def _id(row: dict[str, Any]) -> str:
@@ -295,7 +323,7 @@ def _id(row: dict[str, Any]) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value:
-        raise DataError(f"_id must be a non-empty string, got {_short(value)}")
+        raise DataError(f"_id must be a non-empty string, got {short(value)}")
     return _encodable(value, "_id")
 
 
@@ -304,22 +332,25 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         value = default
     if not isinstance(value, str):
-        raise DataError(f"{key} must be a string, got {_short(value)}" if key in row else f"{key} is missing")
+        raise DataError(f"{key} must be a string, got {short(value)}" if key in row else f"{key} is missing")
     return _encodable(value, key)
 
 
 def _metadata(row: dict[str, Any]) -> str:
     value = row.get("metadata") or {}
     if not isinstance(value, dict):
-        raise DataError(f"metadata must be a JSON object, got {_short(value)}")
+        raise DataError(f"metadata must be a JSON object, got {short(value)}")
     try:
         text = json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
     except ValueError:
-        raise DataError(f"metadata must have finite numbers, got {_short(value)}") from None
+        raise DataError(f"metadata must have finite numbers, got {short(value)}") from None
+    except (TypeError, RecursionError) as error:
+        raise DataError(f"metadata cannot be written as JSON: {error}") from None
     return _encodable(text, "metadata") if value else ""
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The value as a message shows it: at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -1,17 +1,19 @@
 """BM25: what a query's words say of documents. The only importer of bm25s.
 
 Robertson et al. 1994 with k1 1.2 and b 0.75, in Lucene's form, over English stop words and Snowball stems. Texts of other
-languages work too, with nothing stopped and hardly anything stemmed.
+languages work too, with nothing stopped and hardly anything stemmed. How often a word stands in a document never changes and is
+kept on disk; how much it weighs depends on all documents that are searched together, and is worked out when these are known.
 """
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import bm25s
 import numpy as np
 import Stemmer
-from bm25s.tokenization import Tokenized
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
 _K1, _B = 1.2, 0.75
@@ -23,56 +25,148 @@ def stems(texts: Sequence[str]) -> list[list[str]]:
     return bm25s.tokenize(list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
 
 
-class Lexical:
-    """The words of an ordered list of documents. Never changes, so any number of threads may read it.
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How often which word stands in which document of an ordered list.
 
-    What BM25 gives a term in a document depends on both alone, so it is counted once (bm25s, arXiv 2407.03618): term t adds
-    data[indptr[t]:indptr[t + 1]] to the documents indices[indptr[t]:indptr[t + 1]].
+    Term t stands counts[indptr[t]:indptr[t + 1]] times in the documents indices[indptr[t]:indptr[t + 1]], which ascend.
     """
 
-    def __init__(self, tensors: dict[str, np.ndarray]):
-        """From the `tensors` of another."""
-        self.tensors = tensors
-        self._data, self._indices, self._indptr = (tensors[name] for name in ("data", "indices", "indptr"))
-        terms = tensors["vocabulary"].tobytes().decode().split()
-        self._numbers = {term: number for number, term in enumerate(terms)}
+    terms: tuple[str, ...]
+    indptr: Int[np.ndarray, "V+1"]
+    indices: Int[np.ndarray, "_"]
+    counts: Int[np.ndarray, "_"]
+    lengths: Int[np.ndarray, "N"]
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "Counts":
+        """Counts the words of documents; the same texts give the same counts in every process."""
+        documents = stems(texts)
+        counted = [Counter(own) for own in documents]
+        terms = sorted({term for own in counted for term in own})
+        numbers = {term: number for number, term in enumerate(terms)}
+        held = np.fromiter((numbers[term] for own in counted for term in own), np.int32)
+        rows = np.repeat(np.arange(len(texts), dtype=np.int32), [len(own) for own in counted])
+        counts = np.fromiter((count for own in counted for count in own.values()), np.int32)
+        return cls._sorted(tuple(terms), held, rows, counts, np.array([len(own) for own in documents], np.int32))
+
+    @classmethod
+    def _sorted(
+        cls, terms: tuple[str, ...], held: np.ndarray, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray
+    ) -> "Counts":
+        """From each posting's term, document and count, in the documents' order."""
+        order = np.argsort(held, kind="stable")
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(held, minlength=len(terms)))]).astype(np.int64)
+        return cls(terms, indptr, rows[order], counts[order], lengths)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Counts"], kept: Sequence[Bool[np.ndarray, "_"]]) -> "Counts":
+        """The documents of several that are kept, one part behind another."""
+        chosen = [part.only(own) for part, own in zip(parts, kept, strict=True)]
+        terms = tuple(sorted({term for part in chosen for term in part.terms}))
+        numbers = {term: number for number, term in enumerate(terms)}
+        starts = np.cumsum([0, *(len(part.lengths) for part in chosen)])
+        held = [
+            np.repeat(np.array([numbers[term] for term in part.terms], np.int32), np.diff(part.indptr))
+            for part in chosen
+        ]
+        rows = [part.indices + np.int32(start) for part, start in zip(chosen, starts, strict=False)]
+        counts, lengths = [part.counts for part in chosen], [part.lengths for part in chosen]
+        return cls._sorted(terms, *(np.concatenate(own) for own in (held, rows, counts, lengths)))
+
+    def only(self, kept: Bool[np.ndarray, "N"]) -> "Counts":
+        """The documents that are kept, and their terms."""
+        if kept.all():
+            return self
+        held = np.repeat(np.arange(len(self.terms), dtype=np.int32), np.diff(self.indptr))
+        mine = kept[self.indices]
+        used = np.unique(held[mine])
+        renumbered = (np.cumsum(kept) - 1).astype(np.int32)
+        return Counts._sorted(
+            tuple(self.terms[term] for term in used),
+            np.searchsorted(used, held[mine]).astype(np.int32),
+            renumbered[self.indices[mine]],
+            self.counts[mine],
+            self.lengths[kept],
+        )
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All of it, for a file."""
+        terms = np.frombuffer("\n".join(self.terms).encode(), np.uint8)
+        arrays = {name: getattr(self, name) for name in ("indptr", "indices", "counts", "lengths")}
+        return {"terms": terms, **arrays}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, np.ndarray]) -> "Counts":
+        """What the `tensors` of another say."""
+        terms = tuple(tensors["terms"].tobytes().decode().split())
+        return cls(terms, *(tensors[name] for name in ("indptr", "indices", "counts", "lengths")))
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What BM25 must know of all documents that are searched together; `holding` is in how many each term stands."""
+
+    documents: int
+    words: int
+    holding: dict[str, int]
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[Counts, Bool[np.ndarray, "_"]]]) -> "Statistics":
+        """Of the documents of each part that are live."""
+        chosen = [counts.only(live) for counts, live in parts]
+        return cls.total(
+            cls(
+                len(own.lengths),
+                int(own.lengths.sum()),
+                dict(zip(own.terms, np.diff(own.indptr).tolist(), strict=True)),
+            )
+            for own in chosen
+        )
+
+    @classmethod
+    def total(cls, parts: Iterable["Statistics"]) -> "Statistics":
+        """Of all documents of several."""
+        documents, words, holding = 0, 0, dict[str, int]()
+        for own in parts:
+            documents, words = documents + own.documents, words + own.words
+            for term, count in own.holding.items():
+                holding[term] = holding.get(term, 0) + count
+        return cls(documents, words, holding)
+
+    def rarity(self, terms: Sequence[str]) -> Float[np.ndarray, "V"]:
+        """Each term's inverse document frequency."""
+        holding = np.array([self.holding.get(term, 0) for term in terms], np.float64)
+        return np.log1p((self.documents - holding + 0.5) / (holding + 0.5))
+
+
+class Lexical:
+    """Documents' words, weighed. Never changes, so any number of threads may read it.
+
+    What BM25 gives a term in a document depends on both alone, so it is worked out once (bm25s, arXiv 2407.03618).
+    """
+
+    def __init__(self, counts: Counts, statistics: Statistics):
+        self._indices, self._indptr, self._documents = counts.indices, counts.indptr, len(counts.lengths)
+        self._numbers = {term: number for number, term in enumerate(counts.terms)}
+        mean = max(statistics.words / max(statistics.documents, 1), 1e-9)
+        damped = _K1 * (1 - _B + _B * counts.lengths / mean)
+        rarity = np.repeat(statistics.rarity(counts.terms), np.diff(counts.indptr))
+        self._weights = (rarity * counts.counts / (counts.counts + damped[counts.indices])).astype(np.float32)
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Lexical":
-        """Counts the words of documents; the same texts give the same tensors in every process."""
-        documents = stems(texts)
-        terms = sorted({term for own in documents for term in own})
-        numbers = {term: number for number, term in enumerate(terms)}
-        counted = {"data": np.empty(0, np.float32), "indices": np.empty(0, np.int32), "indptr": np.zeros(1, np.int64)}
-        if terms:
-            bm25 = bm25s.BM25(k1=_K1, b=_B)
-            bm25.index(Tokenized([[numbers[term] for term in own] for own in documents], numbers), show_progress=False)
-            counted = {name: np.ascontiguousarray(bm25.scores[name]) for name in counted}
-        vocabulary = np.frombuffer("\n".join(terms).encode(), np.uint8)
-        return cls({**counted, "vocabulary": vocabulary, "documents": np.array([len(documents)])})
-
-    def part(self, start: int, end: int) -> "Lexical":
-        """The documents from `start` to before `end`, with the scores that they have among all."""
-        kept = (self._indices >= start) & (self._indices < end)
-        before = np.concatenate([[0], np.cumsum(kept)])
-        counts = np.diff(before[self._indptr])
-        terms = np.array([*self._numbers], object)[counts > 0]
-        return Lexical(
-            {
-                "data": self._data[kept],
-                "indices": self._indices[kept] - np.int32(start),
-                "indptr": np.concatenate([[0], np.cumsum(counts[counts > 0])]),
-                "vocabulary": np.frombuffer("\n".join(terms).encode(), np.uint8),
-                "documents": np.array([end - start]),
-            }
-        )
+        """Of documents that are searched by themselves."""
+        counts = Counts.of(texts)
+        return cls(counts, Statistics.of([(counts, np.ones(len(texts), bool))]))
 
     def scores(self, query: Sequence[str]) -> Float[np.ndarray, "N"]:
         """Every document's BM25 score for a query's stems; 0 where no word is shared, never less."""
-        out = np.zeros(int(self.tensors["documents"][0]), np.float32)
+        out = np.zeros(self._documents, np.float32)
         for number in [self._numbers[term] for term in query if term in self._numbers]:
             own = slice(self._indptr[number], self._indptr[number + 1])
-            out[self._indices[own]] += self._data[own]
+            out[self._indices[own]] += self._weights[own]
         return out
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from moeret.config import IndexConfig
 from moeret.data.lexical import Lexical, best, stems
 from moeret.retrieval.fusion import Ranking, fuse
-from moeret.retrieval.hnsw import build_segment, exact_search
+from moeret.retrieval.hnsw import build_vector_index, exact_search
 from moeret.retrieval.search import Retriever
 
 System = Callable[[Sequence[str], int], list[tuple[np.ndarray, np.ndarray]]]
@@ -47,10 +47,11 @@ def base_system(retriever: Retriever) -> System:
     else:
         vectors = model.embedder.base(model.with_prompt(contents_of(retriever, rows), "document"))
     config = IndexConfig(**retriever.index.meta["config"])
-    segment = build_segment(vectors, rows, config)
+    index = build_vector_index(vectors, config)
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        return segment.search(model.embedder.base(model.with_prompt(texts, "query")), k)
+        found = index.search(model.embedder.base(model.with_prompt(texts, "query")), k)
+        return [(rows[places], scores) for places, scores in found]
 
     return search
 
@@ -69,10 +70,9 @@ def exact_system(retriever: Retriever, encode: Callable[[Sequence[str]], Float[n
 
 def fused_system(retriever: Retriever, systems: Sequence[System]) -> System:
     """Reciprocal Rank Fusion of several systems' lists."""
-    rows = np.arange(sum(retriever.sizes.values()))
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         lists = zip(*(system(texts, k) for system in systems), strict=True)
-        return [fuse([Ranking(*ranked) for ranked in own], "rrf", k, rows) for own in lists]
+        return [fuse([Ranking(*ranked) for ranked in own], "rrf", k, lambda rows: rows) for own in lists]
 
     return search

@@ -126,14 +126,14 @@ def score_run(run_file: str | Path, domains: Mapping[str, str | Path], *, split:
 def search_route(retriever: Retriever, test: TestSet, route: str, advance: Advance) -> Rankings:
     """Searches a test set's queries by one route of the retriever."""
     texts = [*test.judged.queries.values()]
-    found = Rankings([], [], [])
+    parts = []
     for start in range(0, len(texts), _QUERIES_AT_ONCE):
-        chunk = texts[start : start + _QUERIES_AT_ONCE]
-        part = retriever.rank(chunk, DEPTH + 1, route=route)
-        for field in ("ranked", "indexes", "routes"):
-            getattr(found, field).extend(getattr(part, field))
-        advance(len(chunk))
-    return found
+        parts.append(retriever.rank(texts[start : start + _QUERIES_AT_ONCE], DEPTH + 1, route=route))
+        advance(len(parts[-1].ranked))
+    ranked, indexes, routes = (
+        [one for part in parts for one in getattr(part, field)] for field in ("ranked", "indexes", "routes")
+    )
+    return Rankings(parts[0].snapshot, ranked, indexes, routes)
 
 
 def search_system(system: System, test: TestSet, advance: Advance) -> list[Ranked]:

@@ -30,11 +30,22 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
 
 def index_table(meta: dict[str, Any]) -> Table:
     """What each expert's index holds, and how it is searched."""
-    table = Table("expert", "documents", "search", "recall@10")
+    table = Table("expert", "documents", "segments", "deleted", "search", "recall@10")
     for name, expert in meta["experts"].items():
-        segment = expert["segment"]
-        recall = f"{segment['recall@10']:.3f}" if "graph" in segment else "1"
-        table.add_row(name, str(segment["documents"]), "HNSW" if "graph" in segment else "exact", recall)
+        segments = expert["segments"]
+        graphs = [own["recall@10"] for own in segments if "recall@10" in own]
+        search = "HNSW" if len(graphs) == len(segments) else "HNSW and exact" if graphs else "exact"
+        deleted, recall = sum(own["deleted"] for own in segments), f"{min(graphs):.3f}" if graphs else "1"
+        table.add_row(name, f"{expert['documents']:,}", str(len(segments)), f"{deleted:,}", search, recall)
+    return table
+
+
+def verify_table(report: dict[str, Any]) -> Table:
+    """What was found in each expert's index."""
+    table = Table("expert", "documents", "segments", "deleted", "recall@10")
+    for name, own in report["experts"].items():
+        counts = [f"{own[key]:,}" for key in ("documents", "segments", "deleted")]
+        table.add_row(name, *counts, f"{own['recall@10']:.3f}")
     return table
 
 

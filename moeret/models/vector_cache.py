@@ -64,6 +64,18 @@ def cached_vectors(
     return out
 
 
+def kept_vectors(texts: Sequence[str], width: int, folder: Path, key: str) -> Float[np.ndarray, "N D"] | None:
+    """What `cached_vectors` keeps of these texts in a folder, if they are whole chunks of its and none is missing."""
+    parts = []
+    for start in range(0, len(texts), _CHUNK):
+        chunk = list(texts[start : start + _CHUNK])
+        part = _read_chunk(folder / f"{artifact.fingerprint([key, chunk])}.vectors", len(chunk), width)
+        if part is None:
+            return None
+        parts.append(part)
+    return np.concatenate(parts) if parts else None
+
+
 def _read_chunk(path: Path, rows: int, width: int) -> Float[np.ndarray, "N D"] | None:
     """A kept chunk, or None where there is none that is whole."""
     if not path.is_file():

@@ -1,4 +1,8 @@
-"""Ids, titles and texts of an index's documents, by row: an SQLite file that is never written again."""
+"""Ids, titles, texts and metadata of a segment's documents, by row: an SQLite file that is never written again.
+
+SQLite because it is in Python's standard library, reads one row of a billion without loading the others, and has the trees
+that ids and filters need; any number of threads and processes may read a file that nobody writes.
+"""
 
 import contextlib
 import errno
@@ -6,11 +10,14 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from jaxtyping import Bool
 
 from moeret.errors import ArtifactError
+from moeret.retrieval.filters import Where, fields, matching
 from moeret.types import Document
 
 _ROWS_AT_ONCE = 500
@@ -26,9 +33,18 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode = OFF")
             connection.execute("PRAGMA synchronous = OFF")
-            connection.execute("CREATE TABLE documents (row INTEGER PRIMARY KEY, id TEXT, title TEXT, text TEXT)")
-            rows = ((row, document.id, document.title, document.text) for row, document in enumerate(documents))
-            connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
+            connection.execute(
+                "CREATE TABLE documents (row INTEGER PRIMARY KEY, id TEXT, title TEXT, text TEXT, metadata TEXT)"
+            )
+            connection.execute(
+                "CREATE TABLE fields (field, value, row INTEGER, PRIMARY KEY (field, value, row)) WITHOUT ROWID"
+            )
+            insert = connection.execute
+            for row, own in enumerate(documents):
+                insert("INSERT INTO documents VALUES (?, ?, ?, ?, ?)", (row, own.id, own.title, own.text, own.metadata))
+                for field, value in fields(own.metadata):
+                    insert("INSERT OR IGNORE INTO fields VALUES (?, ?, ?)", (field, value, row))
+            connection.execute("CREATE INDEX ids ON documents (id)")
             connection.commit()
     except sqlite3.Error as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
@@ -43,11 +59,21 @@ class DocumentStore:
         try:
             self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
         except sqlite3.Error as error:
-            raise ArtifactError(f"cannot read {path}: {error}; build the index anew") from None
+            raise self._unreadable(error) from None
 
     def close(self) -> None:
         """Gives the file back."""
         self._connection.close()
+
+    def _unreadable(self, error: sqlite3.Error) -> ArtifactError:
+        return ArtifactError(f"cannot read {self._path}: {error}; build the index anew")
+
+    def _execute(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        try:
+            with self._lock:
+                return self._connection.execute(query, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from None
 
     def fetch(self, rows: Sequence[int] | np.ndarray) -> dict[int, Document]:
         """The documents of these rows.
@@ -57,16 +83,32 @@ class DocumentStore:
         """
         wanted = sorted({int(row) for row in rows})
         found: dict[int, Document] = {}
-        try:
-            for start in range(0, len(wanted), _ROWS_AT_ONCE):
-                chunk = wanted[start : start + _ROWS_AT_ONCE]
-                marks = ",".join("?" * len(chunk))
-                query = f"SELECT row, id, title, text FROM documents WHERE row IN ({marks})"
-                with self._lock:
-                    table = self._connection.execute(query, chunk).fetchall()
-                found.update({row: Document(id, text, title) for row, id, title, text in table})
-        except sqlite3.Error as error:
-            raise ArtifactError(f"cannot read {self._path}: {error}; build the index anew") from None
+        for start in range(0, len(wanted), _ROWS_AT_ONCE):
+            chunk = wanted[start : start + _ROWS_AT_ONCE]
+            marks = ",".join("?" * len(chunk))
+            table = self._execute(f"SELECT row, id, title, text, metadata FROM documents WHERE row IN ({marks})", chunk)
+            found.update({row: Document(id, text, title, metadata) for row, id, title, text, metadata in table})
         if len(found) != len(wanted):
             raise ArtifactError(f"{self._path} lacks {len(wanted) - len(found)} documents; build the index anew")
         return found
+
+    def rows_of(self, ids: Iterable[str]) -> dict[str, list[int]]:
+        """The rows of the documents that have these ids; an id that none has is left out."""
+        wanted, found = list(dict.fromkeys(ids)), dict[str, list[int]]()
+        for start in range(0, len(wanted), _ROWS_AT_ONCE):
+            chunk = wanted[start : start + _ROWS_AT_ONCE]
+            marks = ",".join("?" * len(chunk))
+            for id, row in self._execute(f"SELECT id, row FROM documents WHERE id IN ({marks}) ORDER BY row", chunk):
+                found.setdefault(id, []).append(row)
+        return found
+
+    def matching(self, where: Where, count: int) -> Bool[np.ndarray, "N"]:
+        """Which of the `count` documents fulfil a filter."""
+
+        def of_field(field: str):
+            query = "SELECT row FROM fields WHERE field = ? AND "
+            return lambda condition, values: {row for (row,) in self._execute(query + condition, [field, *values])}
+
+        out = np.zeros(count, bool)
+        out[sorted(matching(where, count, of_field))] = True
+        return out

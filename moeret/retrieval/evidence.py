@@ -6,7 +6,7 @@ which has the documents without a domain, promises more than the likeliest exper
 queries of known domains are differs from index to index; their dev queries show it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -29,10 +29,10 @@ fewer queries of other domains miss their documents (experiments.leave_one_out).
 class Evidence:
     """Of one index's sketches (index's name -> centroids), for the experts of its model."""
 
-    def __init__(self, experts: list[str], sketches: Mapping[str, Float[np.ndarray, "C D"]]):
+    def __init__(self, experts: Sequence[str], sketches: Mapping[str, Float[np.ndarray, "C D"]]):
         self._base = sketches.get(BASE_EXPERT)
         self._experts = [sketches.get(name) for name in experts]
-        self._spread = max(spread([*sketches.values()]), 1e-6)
+        self._spread = max(spread([*sketches.values()]) if sketches else 0.0, 1e-6)
 
     def _promised(self, vectors: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q E"]:
         """What each expert's index promises, in spreads; minus infinity where it has none."""

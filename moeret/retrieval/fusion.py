@@ -1,11 +1,11 @@
 """One ranked list out of the lists of several indexes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 Fusion = Literal["score", "rrf", "calibrated"]
 RRF_K = 60
@@ -26,9 +26,9 @@ class Ranking:
 
 
 def fuse(
-    rankings: Sequence[Ranking], fusion: Fusion, k: int, same: Int[np.ndarray, "N"]
+    rankings: Sequence[Ranking], fusion: Fusion, k: int, same: Callable[[Int[np.ndarray, "_"]], Shaped[np.ndarray, "_"]]
 ) -> tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K"]]:
-    """The k best (rows, scores) of all rankings, best first; equal scores by row; of rows that are the `same`, the best.
+    """The k best (rows, scores) of all rankings, best first; equal scores by row; of rows of which the `same` is told, the best.
 
     score: as they are, for rankings by one query vector in one document space. rrf: the sum of weight / (60 + rank)
     (Reciprocal Rank Fusion, SIGIR 2009). calibrated: weight times the logistic of slope * score + intercept, the
@@ -37,7 +37,7 @@ def fuse(
     rows = np.concatenate([ranking.rows for ranking in rankings])
     scores = np.concatenate([_scores(ranking, fusion) for ranking in rankings])
     order = np.lexsort((rows, -scores))
-    _, first = np.unique(same[rows[order]], return_index=True)
+    _, first = np.unique(same(rows[order]), return_index=True)
     order = order[np.sort(first)][:k]
     return rows[order], scores[order]
 

@@ -1,24 +1,25 @@
-"""Segments: immutable vectors, searched by an HNSW graph or, when few, exactly. The only importer of hnswlib.
+"""Vector indexes: immutable vectors, searched by an HNSW graph or, when few, exactly. The only importer of hnswlib.
 
-They are of one expert's documents, or of its memory's queries; `rows` below are then the queries' numbers.
+They are of a segment's documents, or of a memory's queries; `rows` below are the places of either.
 
 What hnswlib leaves open is closed here: `ef` is set after every load; k is clamped to what is there; a graph that cannot
 reach k vectors is searched exactly instead of throwing; vectors that occur twice are stored once, because duplicates
 disconnect the graph; NaN is refused; a graph is built by one thread, so that a build can be repeated byte for byte; and a
-file's header is checked against the manifest before hnswlib, which trusts it, reads it. Segments never change, so
-searches may run in any number of threads.
+file's header is checked against the manifest before hnswlib, which trusts it, reads it. Where only some rows are allowed,
+the graph is asked for more, and if that is not enough, or few are allowed, these are searched exactly: hnswlib's own filter
+is a callback for every vector. Vector indexes never change, so searches may run in any number of threads.
 """
 
 import errno
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hnswlib
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file, save_file
 
 from moeret.artifact import Artifact, Draft
@@ -28,38 +29,74 @@ from moeret.errors import ArtifactError, DataError
 _HEADER = struct.Struct("<6QiI3QdQ")
 _ADDED_AT_ONCE = 1000
 _RECALL_SAMPLE = 100
+_OVERSAMPLED = 1.5
+"""How many more vectors a graph is asked for than should be enough, where only some are allowed."""
+_EXACT_PER_ASKED = 16
+"""Vectors that are compared exactly in about the time in which a graph finds one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class VectorIndex:
     """Distinct vectors, and which documents (rows) have each: those of vector g are rows[offsets[g]:offsets[g + 1]]."""
 
     offsets: Int[np.ndarray, "V+1"]
     rows: Int[np.ndarray, "N"]
     vectors: Float[np.ndarray, "V D"]
     graph: hnswlib.Index | None
-    _vector_of: Int[np.ndarray, "_"] = field(init=False)  # the number of each row's vector, counted from the least row
+    _vector_of: Int[np.ndarray, "N"] = field(init=False)  # the number of each row's vector
 
     def __post_init__(self):
-        numbers = np.zeros(self.rows.max() - self.rows.min() + 1, np.int64)
-        numbers[self.rows - self.rows.min()] = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        numbers = np.empty(len(self.rows), np.int64)
+        numbers[self.rows] = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
         object.__setattr__(self, "_vector_of", numbers)
 
-    def search(self, queries: Float[np.ndarray, "Q D"], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Each query's (rows, scores) of its min(k, N) best documents, best first; equal scores by row."""
-        k_vectors = min(k, len(self.offsets) - 1)
-        if self.graph is None:
-            found, scores = exact_search(queries, self.vectors, k_vectors)
-        else:
-            found, scores = self._search_graph(queries, k_vectors)
-        results = []
-        for own, score in zip(found, scores, strict=True):
-            counts = self.offsets[own + 1] - self.offsets[own]
-            rows = np.concatenate([self.rows[self.offsets[g] : self.offsets[g + 1]] for g in own])
-            repeated = np.repeat(score, counts)
-            order = np.lexsort((rows, -repeated))[:k]
-            results.append((rows[order], repeated[order]))
+    def search(
+        self, queries: Float[np.ndarray, "Q D"], k: int, allowed: Bool[np.ndarray, "N"] | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each query's (rows, scores) of its best documents, best first; equal scores by row: k, or all that are `allowed`."""
+        if allowed is None:
+            found, scores = self._nearest(queries, min(k, len(self.offsets) - 1))
+            return [self._rows(own, score, k) for own, score in zip(found, scores, strict=True)]
+        return self._search_allowed(queries, k, allowed)
+
+    def _search_allowed(
+        self, queries: Float[np.ndarray, "Q D"], k: int, allowed: Bool[np.ndarray, "N"]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        mine = np.flatnonzero(np.add.reduceat(allowed[self.rows].astype(np.int64), self.offsets[:-1]))
+        every = len(self.offsets) - 1
+        if not len(mine) or not len(queries):
+            return [(self.rows[:0], np.empty(0, np.float32)) for _ in queries]
+        k_vectors = min(k, len(mine))
+        asked = min(every, int(_OVERSAMPLED * k_vectors * every / len(mine)))
+        results: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(queries)
+        if self.graph is not None and len(mine) > _EXACT_PER_ASKED * asked:
+            found, scores = self._nearest(queries, asked)
+            passing = np.zeros(every, bool)
+            passing[mine] = True
+            for query, (own, score) in enumerate(zip(found, scores, strict=True)):
+                kept = passing[own]
+                if kept.sum() >= k_vectors:
+                    results[query] = self._rows(own[kept][:k_vectors], score[kept][:k_vectors], k, allowed)
+        rest = [query for query, result in enumerate(results) if result is None]
+        if rest:
+            found, scores = exact_search(queries[rest], self.vectors[mine], k_vectors)
+            for query, own, score in zip(rest, found, scores, strict=True):
+                results[query] = self._rows(mine[own], score, k, allowed)
         return results
+
+    def _rows(
+        self, found: np.ndarray, scores: np.ndarray, k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best k documents that have these vectors."""
+        rows = np.concatenate([self.rows[self.offsets[g] : self.offsets[g + 1]] for g in found])
+        repeated = np.repeat(scores, self.offsets[found + 1] - self.offsets[found])
+        if allowed is not None:
+            repeated, rows = repeated[allowed[rows]], rows[allowed[rows]]
+        order = np.lexsort((rows, -repeated))[:k]
+        return rows[order], repeated[order]
+
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return exact_search(queries, self.vectors, k) if self.graph is None else self._search_graph(queries, k)
 
     def _search_graph(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         try:
@@ -70,7 +107,7 @@ class Segment:
 
     def vectors_of(self, rows: Int[np.ndarray, "K"]) -> Float[np.ndarray, "K D"]:
         """The vectors of documents that it has."""
-        return self.vectors[self._vector_of[rows - self.rows.min()]]
+        return self.vectors[self._vector_of[rows]]
 
 
 def exact_search(
@@ -91,29 +128,28 @@ def exact_search(
     return np.concatenate(found), np.concatenate(best)
 
 
-def build_segment(
+def build_vector_index(
     vectors: Float[np.ndarray, "N D"],
-    rows: Int[np.ndarray, "N"],
     config: IndexConfig,
     advance: Callable[[int], None] = lambda count: None,
-) -> Segment:
-    """A segment of these documents' vectors; `advance` is called with the number of documents done.
+) -> VectorIndex:
+    """An index of these documents' vectors, whose rows are their places; `advance` is called with the number of documents done.
 
     Raises:
       DataError: a vector is not finite.
     """
     if not np.isfinite(vectors).all():
         raise DataError("a document's vector has values that are not finite numbers; the model that made it is broken")
-    distinct, offsets, grouped = _group_equal(vectors, rows)
-    advance(len(rows) - len(distinct))
+    distinct, offsets, grouped = _group_equal(vectors)
+    advance(len(vectors) - len(distinct))
     if len(distinct) < config.exact_below:
         advance(len(distinct))
-        return Segment(offsets, grouped, distinct, None)
-    return Segment(offsets, grouped, distinct, _build(distinct, config, advance))
+        return VectorIndex(offsets, grouped, distinct, None)
+    return VectorIndex(offsets, grouped, distinct, _build(distinct, config, advance))
 
 
-def write_segment(draft: Draft, name: str, segment: Segment) -> dict[str, Any]:
-    """Adds a segment's files to a draft, under this name, and returns its entry for the manifest."""
+def write_vector_index(draft: Draft, name: str, segment: VectorIndex) -> dict[str, Any]:
+    """Adds a vector index's files to a draft, under this name, and returns its entry for the manifest."""
     distinct = segment.vectors
     tensors = {"offsets": segment.offsets, "rows": segment.rows}
     entry: dict[str, Any] = {"vectors": len(distinct), "documents": len(segment.rows), "width": distinct.shape[1]}
@@ -126,29 +162,40 @@ def write_segment(draft: Draft, name: str, segment: Segment) -> dict[str, Any]:
     return entry
 
 
-def read_segment(artifact: Artifact, entry: dict[str, Any], config: IndexConfig) -> Segment:
-    """Loads a segment whose files the artifact has verified.
+def read_vector_index(artifact: Artifact, entry: dict[str, Any], config: IndexConfig) -> VectorIndex:
+    """Loads a vector index whose files the artifact has verified.
 
     Raises:
       ArtifactError: the graph is not the one that its entry describes.
     """
     tensors = load_file(artifact.path(entry["table"]))
     if "graph" not in entry:
-        return Segment(tensors["offsets"], tensors["rows"], tensors["vectors"], None)
+        return VectorIndex(tensors["offsets"], tensors["rows"], tensors["vectors"], None)
     graph, vectors = _load(artifact.path(entry["graph"]), entry, config)
-    return Segment(tensors["offsets"], tensors["rows"], vectors, graph)
+    return VectorIndex(tensors["offsets"], tensors["rows"], vectors, graph)
 
 
-def _group_equal(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _group_equal(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(distinct vectors in order of first appearance, offsets, rows grouped by vector)."""
     raw = np.ascontiguousarray(vectors, np.float32)
-    keys = raw.view(np.dtype((np.void, raw.shape[1] * 4))).ravel()
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    # Equal vectors begin alike, and different ones hardly ever do: sorting whole ones would copy them all.
+    beginnings = raw.view(np.uint64)[:, 0] if raw.shape[1] % 2 == 0 else _whole(raw)
+    _, first, inverse = np.unique(beginnings, return_index=True, return_inverse=True)
+    if any((raw[part] != raw[first[inverse[part]]]).any() for part in _parts(len(raw))):
+        _, first, inverse = np.unique(_whole(raw), return_index=True, return_inverse=True)
     appearance = np.argsort(np.argsort(first))  # unique's own order -> order of first appearance
     groups = appearance[inverse]
     order = np.argsort(groups, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(groups))])
-    return raw[np.sort(first)], offsets.astype(np.int64), rows[order].astype(np.int64)
+    return raw[np.sort(first)], offsets.astype(np.int64), order.astype(np.int64)
+
+
+def _whole(raw: np.ndarray) -> np.ndarray:
+    return raw.view(np.dtype((np.void, raw.shape[1] * 4))).ravel()
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(start, start + _ADDED_AT_ONCE) for start in range(0, count, _ADDED_AT_ONCE))
 
 
 def _build(vectors: np.ndarray, config: IndexConfig, advance: Callable[[int], None]) -> hnswlib.Index:

@@ -1,94 +1,55 @@
 """The Retriever: queries in, one ranked list each out."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from safetensors.numpy import load_file
+from jaxtyping import Float, Int
 
 from moeret import artifact
 from moeret.artifact import Artifact
-from moeret.config import IndexConfig, Precision, require
+from moeret.config import Precision, require
 from moeret.data.lexical import stems
 from moeret.errors import ArtifactError
 from moeret.models.memory import Blend
 from moeret.models.model import Model, check_texts
-from moeret.models.router import Choice, Router
-from moeret.retrieval.build import KIND
-from moeret.retrieval.documents import DocumentStore
-from moeret.retrieval.evidence import Evidence
-from moeret.retrieval.expert_index import read_index
+from moeret.retrieval import filters
+from moeret.retrieval.dispatch import LEAST_WEIGHT, Plan, make_plan, one_vector
+from moeret.retrieval.filters import Where
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
+from moeret.retrieval.snapshot import KIND, Snapshot
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
-
-_LEAST_WEIGHT = 1e-6
-"""Of an index that must be searched although the router's probability for it vanishes."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Each query's weight of each index (0: not searched), and the vectors that given queries search an index with.
-
-    `shares` are the weights of each query's experts, or of the base or the shared delta: so much of each one's blend counts.
-    """
-
-    weights: Float[np.ndarray, "Q I"]
-    vectors: Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]
-    shares: list[dict[str, float]]
-    routes: list[Route]
-
-    def of(self, rows: Int[np.ndarray, "_"]) -> "_Plan":
-        """The plan of some of the queries."""
-        shares = [self.shares[row] for row in rows]
-        return _Plan(self.weights[rows], lambda name, own: self.vectors(name, rows[own]), shares, [])
-
-    def blend(self, row: int, name: str, blends: Mapping[str, Blend]) -> Blend:
-        """What counts beside the cosine for a query in an index: its words everywhere alike, the memory of its expert there."""
-        shares = self.shares[row]
-        wanted = {expert: blends.get(expert, Blend()) for expert in (*shares, name)}
-        return Blend(
-            sum(wanted[expert].lexical * share for expert, share in shares.items()),
-            wanted[name].memory * shares.get(name, 0.0),
-        )
 
 
 @dataclass(frozen=True, slots=True)
 class Rankings:
-    """What a batch of queries found, as each one's (rows, scores), best first; which indexes it searched, and its route."""
+    """What a batch of queries found, as each one's (rows, scores), best first; which indexes it searched, and its route.
 
+    Rows are of the `snapshot` that was searched.
+    """
+
+    snapshot: Snapshot
     ranked: list[tuple[np.ndarray, np.ndarray]]
     indexes: list[tuple[str, ...]]
     routes: list[Route]
 
 
 class Retriever:
-    """Searches an index. Searching changes nothing, so any number of threads may search at once.
+    """Searches an index. Any number of threads may search at once, also while `reload` moves on to the index's next snapshot.
 
     `fusion`, `blends` (what counts beside the cosine: by default what training chose, nothing if empty) and `strange_limit` (what
-    makes a query strange, in spreads of the sketches; the lower, the more queries search the base's own index too) serve every
-    search; set them before the first.
+    makes a query strange, in spreads of the sketches; the lower, the more queries search the base's own index too; by default
+    each snapshot's own) serve every search; set them before the first.
     """
 
     def __init__(self, published: Artifact, model: Model):
-        meta = published.meta
-        self.index, self.model = published, model
-        config = IndexConfig(**meta["config"])
-        self.sizes: dict[str, int] = {name: entry["documents"] for name, entry in meta["experts"].items()}
-        self._names = list(self.sizes)
-        self._starts = np.cumsum([0, *self.sizes.values()])[:-1]
-        self._indexes = {
-            name: read_index(published, entry, int(start), config)
-            for (name, entry), start in zip(meta["experts"].items(), self._starts, strict=True)
-        }
+        self.model, self._snapshot = model, Snapshot(published, model.experts)
         self.blends: dict[str, Blend] = dict(model.blends)
-        self._same = load_file(published.path(meta["documents"]["same"]))["same"]
-        self._documents = DocumentStore(published.path(meta["documents"]["file"]))
-        self._evidence = Evidence(model.experts, load_file(published.path(meta["sketches"])))
-        self.strange_limit: float | None = meta["strange_limit"]
+        self.strange_limit: float | None = published.meta["strange_limit"]
         self._calibration = {entry["name"]: entry["calibration"] for entry in model.published.meta["experts"]}
         self._calibration[BASE_EXPERT] = model.published.meta["base"]["calibration"]
         self.fusion: Fusion = "score" if model.tower == "query" else "calibrated"
@@ -116,15 +77,77 @@ class Retriever:
             )
         return cls(published, model if precision is None else model.in_precision(precision))
 
+    def reload(self) -> bool:
+        """Moves on to the snapshot that is published now; whether it is another one. Searches that have begun finish on theirs.
+
+        What both have in common is neither read nor checked again.
+
+        Raises:
+          ArtifactError: the index is damaged, or was built anew with another model; this retriever stays where it was.
+        """
+        before = self._snapshot
+
+        def move(root: Path) -> Snapshot | None:
+            published = artifact.read(root, KIND, known=before.published)
+            if published.meta["model"]["fingerprint"] != before.published.meta["model"]["fingerprint"]:
+                raise ArtifactError(f"{root} was built anew with another model; load it with Retriever.load")
+            same = (published.snapshot, published.fingerprint) == (
+                before.published.snapshot,
+                before.published.fingerprint,
+            )
+            return None if same else Snapshot(published, self.model.experts, before)
+
+        after = artifact.retry(before.published.root, move)
+        if after is None:
+            return False
+        if self.strange_limit == before.published.meta["strange_limit"]:
+            self.strange_limit = after.published.meta["strange_limit"]
+        self._snapshot = after
+        return True
+
     def close(self) -> None:
         """Gives the index's files back."""
-        self._documents.close()
+        self._snapshot.close()
+
+    @property
+    def index(self) -> Artifact:
+        """What is searched, as it was published."""
+        return self._snapshot.published
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many documents each expert's index has."""
+        return self._snapshot.sizes
+
+    @property
+    def sketches(self) -> dict[str, Float[np.ndarray, "C D"]]:
+        """What stands for each index's documents."""
+        return self._snapshot.sketches
+
+    def held(self) -> list[tuple[str, Document]]:
+        """Every row's expert and document."""
+        return self._snapshot.held()
+
+    def distinct(self) -> Int[np.ndarray, "_"]:
+        """The first row of every document: one that lies in two indexes has two."""
+        return self._snapshot.distinct()
+
+    def vectors(self) -> Float[np.ndarray, "N D"]:
+        """Every document's vector, by row."""
+        return self._snapshot.vectors()
 
     def search(
-        self, query: str, k: int = 10, *, route: str = "auto", experts: int | None = None, fusion: Fusion | None = None
+        self,
+        query: str,
+        k: int = 10,
+        *,
+        route: str = "auto",
+        experts: int | None = None,
+        fusion: Fusion | None = None,
+        where: Where | None = None,
     ) -> list[Hit]:
         """The best `k` documents for a query; fewer only if the searched indexes hold fewer. See search_batch."""
-        return self.search_batch([query], k, route=route, experts=experts, fusion=fusion)[0]
+        return self.search_batch([query], k, route=route, experts=experts, fusion=fusion, where=where)[0]
 
     def search_batch(
         self,
@@ -134,6 +157,7 @@ class Retriever:
         route: str = "auto",
         experts: int | None = None,
         fusion: Fusion | None = None,
+        where: Where | None = None,
     ) -> list[list[Hit]]:
         """The best `k` documents for each query.
 
@@ -148,11 +172,14 @@ class Retriever:
           experts: at most this many experts are merged per query (auto and all); the model's router decides unless given.
           fusion: how several indexes' lists become one. `score` for models whose documents are in the base's space (the
             default there); `calibrated` (the default elsewhere) or `rrf`.
+          where: only documents whose metadata fulfil this (see moeret.retrieval.filters), for example
+            {"lang": "en", "year": {"gte": 2020}}. With the routes auto and all there are `k` hits, or all documents that fulfil
+            it: a query whose own indexes have too few of them searches the others too.
 
         Raises:
           ConfigError: an argument that makes no sense; nothing has been searched then.
         """
-        return self.hits(self.rank(queries, k, route=route, experts=experts, fusion=fusion))
+        return self.hits(self.rank(queries, k, route=route, experts=experts, fusion=fusion, where=where))
 
     def rank(
         self,
@@ -162,18 +189,46 @@ class Retriever:
         route: str = "auto",
         experts: int | None = None,
         fusion: Fusion | None = None,
+        where: Where | None = None,
     ) -> Rankings:
         """As search_batch, and says what was searched; documents are named by their rows, and `hits` fetches them."""
         self._check(queries, k, route, experts, fusion)
-        if not queries:
-            return Rankings([], [], [])
+        if where is not None:
+            filters.check(where)
+        snapshot = self._snapshot
+        if not queries or not snapshot.count:
+            nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+            return Rankings(snapshot, [nothing] * len(queries), [()] * len(queries), self._routes_alone(queries))
         texts, words, fusion = self.model.with_prompt(queries, "query"), stems(queries), fusion or self.fusion
-        plan = self._plan(texts, route, experts)
+        settings = {"experts": experts, "strange_limit": self.strange_limit, "where": where}
+        plan = make_plan(self.model, snapshot, texts, route, **settings)
         found = self._search(plan, words, k, fusion, self.blends)
-        return self._second_look(found, plan, texts, words, k) if route == "auto" and fusion == "score" else found
+        if route == "auto" and fusion == "score":
+            found = self._second_look(found, plan, texts, words, k)
+        if where is not None and route in ("auto", "all"):
+            self._widen(found, plan, words, k, fusion)
+        return found
+
+    def _routes_alone(self, queries: Sequence[str]) -> list[Route]:
+        """What the router says where there is no document to ask."""
+        if not queries:
+            return []
+        choice, _ = self.model.embedder.routed(self.model.with_prompt(queries, "query"), self.model.query_router)
+        return self.model.routes(choice)
+
+    def _widen(self, found: Rankings, plan: Plan, words: Sequence[list[str]], k: int, fusion: Fusion) -> None:
+        """Searches every index for the queries that found fewer than they asked for."""
+        few = [len(rows) < k for rows, _ in found.ranked]
+        rows = np.flatnonzero(np.array(few) & (plan.weights <= 0).any(axis=1))
+        if len(rows):
+            everywhere = np.maximum(plan.weights, LEAST_WEIGHT)
+            wide = dataclasses.replace(plan, weights=everywhere).of(rows)
+            again = self._search(wide, [words[row] for row in rows], k, fusion, self.blends)
+            for row, ranked, indexes in zip(rows, again.ranked, again.indexes, strict=True):
+                found.ranked[row], found.indexes[row] = ranked, indexes
 
     def _second_look(
-        self, found: Rankings, plan: _Plan, texts: Sequence[str], words: Sequence[list[str]], k: int
+        self, found: Rankings, plan: Plan, texts: Sequence[str], words: Sequence[list[str]], k: int
     ) -> Rankings:
         """Searches with the base's vector where, memories aside, the best hit is in the base's own index.
 
@@ -183,11 +238,12 @@ class Retriever:
         asked = np.flatnonzero([BASE_EXPERT in names for names in found.indexes])
         words_alone = {name: Blend(own.lexical) for name, own in self.blends.items()}
         best = self._search(plan.of(asked), [words[row] for row in asked], 1, "score", words_alone)
-        rows = asked[np.array([self._holders(hits) == [BASE_EXPERT] for hits, _ in best.ranked], bool)]
+        rows = asked[np.array([plan.snapshot.holders(hits) == [BASE_EXPERT] for hits, _ in best.ranked], bool)]
         if len(rows):
             nothing = np.zeros((len(rows), 1), np.int32)
             vectors = self.model.embedder.mixed([texts[row] for row in rows], nothing, nothing.astype(np.float32))
-            as_base = _Plan(plan.weights[rows], _one_vector(vectors), [{BASE_EXPERT: 1.0}] * len(rows), [])
+            shares = [{BASE_EXPERT: 1.0}] * len(rows)
+            as_base = dataclasses.replace(plan.of(rows), vectors=one_vector(vectors), shares=shares)
             again = self._search(as_base, [words[row] for row in rows], k, "score", self.blends)
             for row, ranked in zip(rows, again.ranked, strict=True):
                 found.ranked[row] = ranked
@@ -195,119 +251,41 @@ class Retriever:
         return found
 
     def _search(
-        self, plan: _Plan, words: Sequence[list[str]], k: int, fusion: Fusion, blends: Mapping[str, Blend]
+        self, plan: Plan, words: Sequence[list[str]], k: int, fusion: Fusion, blends: Mapping[str, Blend]
     ) -> Rankings:
         """What queries, of which these are the stems, find by a plan."""
         rankings: list[list[Ranking]] = [[] for _ in words]
-        for number, (name, index) in enumerate(self._indexes.items()):
+        snapshot = plan.snapshot
+        for number, (name, index) in enumerate(snapshot.indexes.items()):
             rows = np.flatnonzero(plan.weights[:, number] > 0)
             if len(rows):
                 slope, intercept = self._calibration[name] or (1.0, 0.0)
                 wanted = [plan.blend(row, name, blends) for row in rows]
-                found = index.search(plan.vectors(name, rows), [words[row] for row in rows], wanted, k)
+                own = plan.vectors(name, rows), [words[row] for row in rows], wanted, k, plan.allowed[name]
+                found = index.search(*own)
                 for row, (hits, scores) in zip(rows, found, strict=True):
                     weight = float(plan.weights[row, number])
                     rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
-        fused = [fuse(own, fusion, k, self._same) for own in rankings]
-        searched = [tuple(self._names[number] for number in np.flatnonzero(own > 0)) for own in plan.weights]
-        return Rankings(fused, searched, plan.routes)
+        fused = [fuse(own, fusion, k, snapshot.identities) for own in rankings]
+        searched = [tuple(snapshot.names[number] for number in np.flatnonzero(own > 0)) for own in plan.weights]
+        return Rankings(snapshot, fused, searched, plan.routes)
 
     def hits(self, found: Rankings) -> list[list[Hit]]:
         """What `rank` found, with its documents."""
-        documents = self._documents.fetch(np.concatenate([rows for rows, _ in found.ranked])) if found.ranked else {}
+        snapshot, every = found.snapshot, [rows for rows, _ in found.ranked]
+        rows = np.concatenate(every) if every else np.empty(0, np.int64)
+        documents, experts, loose = snapshot.fetch(rows), snapshot.holders(rows), snapshot.loose(rows)
+        about = {
+            int(row): (documents[int(row)], expert, "" if alone else expert)
+            for row, expert, alone in zip(rows, experts, loose, strict=True)
+        }
         return [
             [
-                _hit(rank, float(score), expert, documents[row])
-                for rank, (row, score, expert) in enumerate(zip(rows, scores, self._holders(rows), strict=True), 1)
+                _hit(rank, float(score), *about[int(row)])
+                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
             ]
             for rows, scores in found.ranked
         ]
-
-    def held(self) -> list[tuple[str, Document]]:
-        """Every row's expert and document."""
-        rows = np.arange(sum(self.sizes.values()))
-        documents = self._documents.fetch(rows)
-        return [(expert, documents[row]) for row, expert in enumerate(self._holders(rows))]
-
-    def _holders(self, rows: Int[np.ndarray, "N"]) -> list[str]:
-        """Whose index has each row."""
-        return [self._names[number] for number in np.searchsorted(self._starts, rows, side="right") - 1]
-
-    def distinct(self) -> Int[np.ndarray, "_"]:
-        """The first row of every document: one that lies in two indexes has two."""
-        return np.unique(self._same)
-
-    def vectors(self) -> Float[np.ndarray, "N D"]:
-        """Every document's vector, by row."""
-        out = np.empty((sum(self.sizes.values()), self.model.embedder.width), np.float32)
-        for segment in (index.segment for index in self._indexes.values()):
-            out[segment.rows] = np.repeat(segment.vectors, np.diff(segment.offsets), axis=0)
-        return out
-
-    def _plan(self, texts: list[str], route: str, experts: int | None) -> "_Plan":
-        """Decides for every query which indexes it searches, how much each weighs, and with which vector."""
-        model, count = self.model, len(texts)
-        everywhere = np.ones((count, len(self._names)), np.float32)
-        if route not in ("auto", "all"):
-            here = [route in (BASE_EXPERT, SHARED_EXPERT, name) for name in self._names]
-            vectors = model.embedder.mixed(texts, *model.mixture(route, count))
-            return _Plan(everywhere * np.array(here, np.float32), _one_vector(vectors), [{route: 1.0}] * count, [])
-        router = dataclasses.replace(model.query_router, slots=experts) if experts else model.query_router
-        if model.tower == "query":
-            choice, merged, strange = self._routed(texts, router)
-        else:
-            choice, merged = model.embedder.routed(texts, router)
-        routes = model.routes(choice)
-        shares = [own.experts or {BASE_EXPERT: 1.0} for own in routes]
-        chosen = np.array([[own.experts.get(name, 0.0) for name in self._names] for own in routes], np.float32)
-        if model.tower == "query":
-            weights = everywhere if route == "all" else self._reached(chosen, strange)
-            return _Plan(weights, _one_vector(merged), shares, routes)
-        weights = everywhere if route == "all" else self._in_own_spaces(chosen, routes)
-
-        def own_vectors(name: str, rows: np.ndarray) -> Float[np.ndarray, "Q D"]:
-            return model.embedder.mixed([texts[row] for row in rows], *model.mixture(name, len(rows)))
-
-        return _Plan(weights, own_vectors, shares, routes)
-
-    def _routed(
-        self, texts: Sequence[str], router: Router
-    ) -> tuple[Choice, Float[np.ndarray, "Q D"], Bool[np.ndarray, "Q"]]:
-        """What the router chooses with the index's evidence, the vectors, and which queries are strange.
-
-        A query is embedded as the router alone has it, and again where the evidence changes that much.
-        """
-        router = dataclasses.replace(router, familiarity=None)
-        strangeness = np.empty(len(texts), np.float32)
-
-        def revise(rows: slice, first: Choice, vectors: np.ndarray) -> Choice:
-            probabilities, strangeness[rows] = self._evidence.weigh(vectors, first.probabilities)
-            return router.pick(probabilities)
-
-        choice, vectors = self.model.embedder.routed(texts, router, revise=revise)
-        limit = np.inf if self.strange_limit is None else self.strange_limit
-        return choice, vectors, strangeness > limit
-
-    def _reached(self, chosen: Float[np.ndarray, "Q I"], strange: Bool[np.ndarray, "Q"]) -> Float[np.ndarray, "Q I"]:
-        """The weights of the chosen indexes, and of the base's own for strange queries; of all where none is chosen."""
-        weights = np.where(chosen.any(axis=1, keepdims=True), chosen, 1.0).astype(np.float32)
-        if BASE_EXPERT in self.sizes:
-            mean = weights.sum(axis=1) / (weights > 0).sum(axis=1)
-            base = self._names.index(BASE_EXPERT)
-            weights[:, base] = np.where(strange, mean, weights[:, base])
-        return weights
-
-    def _in_own_spaces(self, chosen: Float[np.ndarray, "Q I"], routes: Sequence[Route]) -> Float[np.ndarray, "Q I"]:
-        """The weights where no promise can be compared: of the chosen indexes and the base's own, or of all by probability."""
-        even = 1 / (1 + len(self.model.experts))
-        by_chance = np.array(
-            [[own.probabilities.get(name, even) for name in self._names] for own in routes], np.float32
-        )
-        is_base = np.array([name == BASE_EXPERT for name in self._names])
-        mean = chosen.sum(axis=1, keepdims=True) / np.maximum((chosen > 0).sum(axis=1, keepdims=True), 1)
-        return np.where(
-            chosen.any(axis=1, keepdims=True), np.where(is_base, mean, chosen), np.maximum(by_chance, _LEAST_WEIGHT)
-        )
 
     def route(self, queries: Sequence[str]) -> list[Route]:
         """Which experts each query uses; whether it abstains, its best hit tells. Raises ConfigError for an empty query."""
@@ -326,7 +304,7 @@ class Retriever:
         if route in self.model.experts:
             require(
                 route in self.sizes,
-                f"this index has no documents of expert {route}; it has {', '.join(self._names)}",
+                f"this index has no documents of expert {route}; it has {', '.join(self.sizes)}",
             )
         fusions = get_args(Fusion)
         require(
@@ -349,10 +327,6 @@ def _require_count(value: int, name: str) -> None:
     require(whole and value >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _hit(rank: int, score: float, expert: str, document: Document) -> Hit:
-    return Hit(document.id, score, rank, expert, document.title, document.text)
-
-
-def _one_vector(vectors: Float[np.ndarray, "Q D"]) -> Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]:
-    """Each query searches every index with the same vector."""
-    return lambda name, rows: vectors[rows]
+def _hit(rank: int, score: float, document: Document, expert: str, domain: str) -> Hit:
+    metadata = json.loads(document.metadata) if document.metadata else {}
+    return Hit(document.id, score, rank, expert, document.title, document.text, domain, metadata)

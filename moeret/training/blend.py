@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moeret.data.beir import Domain
-from moeret.data.lexical import Lexical, best, stems
+from moeret.data.lexical import Counts, Lexical, Statistics, best, stems
 from moeret.models.memory import CANDIDATES, NEIGHBOURS, Blend, Memory, remembered
 from moeret.training.prepare import Prepared
 from moeret.training.routing import DevSet, ndcg_of
@@ -58,11 +58,9 @@ class DevBlends:
 
     def __init__(self, data: Prepared):
         self._data = data
-        every = Lexical.of([document.contents for domain in data.domains for document in domain.corpus])
-        ends = np.cumsum([len(domain.corpus) for domain in data.domains])
-        self._lexical = [
-            every.part(int(end) - len(own.corpus), int(end)) for own, end in zip(data.domains, ends, strict=True)
-        ]
+        counts = [Counts.of([document.contents for document in domain.corpus]) for domain in data.domains]
+        together = Statistics.of((own, np.ones(len(own.lengths), bool)) for own in counts)
+        self._lexical = [Lexical(own, together) for own in counts]
         self._words = [stems([*own.judged.queries.values()]) for own in data.dev]
 
     def of_expert(self, number: int, queries: Vectors, encode: Callable[[Sequence[str]], Vectors]) -> Blended:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from moeret.data.lexical import Lexical, best, stems
+from moeret.data.lexical import Counts, Lexical, Statistics, best, stems
 
 WORDS = ["apple", "apples", "pie", "the", "of", "iron", "Zürich", "naïve", "42", "x", "c++", "running", "ran", ""]
 TEXTS = st.lists(st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join), min_size=1, max_size=8)
@@ -35,22 +35,39 @@ def test_scores_are_those_of_bm25s_and_zero_where_no_word_is_shared(texts, query
 @settings(deadline=None, max_examples=20)
 def test_a_file_keeps_all_of_it(tmp_path_factory, texts):
     file = tmp_path_factory.mktemp("lexical") / "words.safetensors"
-    made = Lexical.of(texts)
+    made = Counts.of(texts)
     save_file(made.tensors, file)
-    read = Lexical(load_file(file))
-    for words in stems([*texts, *WORDS]):
-        np.testing.assert_array_equal(read.scores(words), made.scores(words))
+    assert_equal(Counts.from_tensors(load_file(file)), made)
 
 
-@given(TEXTS, st.data())
-@settings(deadline=None, max_examples=30)
-def test_a_part_scores_its_documents_as_the_whole_does(texts, data):
-    start = data.draw(st.integers(0, len(texts)))
-    end = data.draw(st.integers(start, len(texts)))
-    whole = Lexical.of(texts)
-    part = whole.part(start, end)
-    for words in stems([*texts, *WORDS]):
-        np.testing.assert_array_equal(part.scores(words), whole.scores(words)[start:end])
+def assert_equal(one: Counts, other: Counts) -> None:
+    assert one.terms == other.terms
+    for name in ("indptr", "indices", "counts", "lengths"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert getattr(one, name).dtype == getattr(other, name).dtype
+
+
+@given(st.lists(st.tuples(TEXTS, st.integers(0, 255)), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=40)
+def test_parts_without_what_was_left_out_are_joined_as_if_counted_together(parts):
+    texts = [own for own, _ in parts]
+    kept = [np.array([bool(bits >> place & 1) for place in range(len(own))]) for own, bits in parts]
+    left = [text for own, mask in zip(texts, kept, strict=True) for text, keep in zip(own, mask, strict=True) if keep]
+    joined = Counts.joined([Counts.of(own) for own in texts], kept)
+    assert_equal(joined, Counts.of(left))
+
+
+@given(st.lists(st.tuples(TEXTS, st.integers(0, 255)), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=40)
+def test_parts_score_their_live_documents_as_the_whole_does(parts):
+    """However documents are spread over parts, and whatever else once stood beside them."""
+    counts = [Counts.of(own) for own, _ in parts]
+    live = [np.array([bool(bits >> place & 1) for place in range(len(own))]) for own, bits in parts]
+    together = Statistics.of(zip(counts, live, strict=True))
+    whole = Lexical.of([text for (own, _), mask in zip(parts, live, strict=True) for text in np.array(own)[mask]])
+    for words in stems(WORDS):
+        found = [Lexical(own, together).scores(words)[mask] for own, mask in zip(counts, live, strict=True)]
+        np.testing.assert_array_equal(np.concatenate(found), whole.scores(words))
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0])), st.integers(1, 5))
@@ -63,8 +80,8 @@ def test_the_best_are_the_highest_above_zero(values, count):
 def test_every_process_counts_alike():
     """Python orders sets of strings anew in each process, and an index must be the same bytes in every build."""
     program = (
-        "import hashlib; from moeret.data.lexical import Lexical;"
-        "own = Lexical.of(['gold and tin', 'a tin of iron pears', 'pears']).tensors;"
+        "import hashlib; from moeret.data.lexical import Counts;"
+        "own = Counts.of(['gold and tin', 'a tin of iron pears', 'pears']).tensors;"
         "print(hashlib.sha256(b''.join(own[name].tobytes() for name in sorted(own))).hexdigest())"
     )
     seen = {

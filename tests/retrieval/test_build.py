@@ -1,13 +1,14 @@
 """The indexing job: what goes where, what is refused, and what a job that dies leaves behind."""
 
 import errno
+import json
 import resource
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import place_by_router, write_domain, write_jsonl
+from conftest import QUERIES, place_by_router, write_domain, write_jsonl
 from safetensors import SafetensorError
 
 import moeret
@@ -16,8 +17,9 @@ from moeret.config import IndexConfig
 from moeret.data.beir import read_corpus
 from moeret.models.memory import Blend
 from moeret.models.model import Model
-from moeret.retrieval import build
+from moeret.retrieval import build, segment, shards
 from moeret.retrieval.build import build_index
+from moeret.retrieval.job import Job
 from moeret.types import Document
 
 GRAPHS = IndexConfig(exact_below=0)
@@ -160,15 +162,15 @@ def test_an_index_of_loose_documents_alone(tmp_path, monkeypatch, model_folder):
     assert sorted(hit.id for hit in hits) == [f"loose{number}" for number in range(5)]
 
 
-def test_a_loose_document_with_an_id_of_the_domain_is_refused(tmp_path, monkeypatch, model_folder, two_domains):
+def test_a_loose_document_may_have_an_id_of_a_domain_s_and_hits_tell_which_is_which(
+    tmp_path, monkeypatch, model_folder, two_domains
+):
     place_by_router(monkeypatch, -1.0)
     write_jsonl(tmp_path / "loose.jsonl", [{"_id": "d3", "title": "", "text": "apple pear"}])
-    with pytest.raises(
-        moeret.DataError,
-        match=r"loose\.jsonl: document 'd3' goes to expert (fruit|metal), whose index has that id already .*unique",
-    ):
-        build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
-    assert not artifact.exists(tmp_path / "index")
+    build_index(model_folder, tmp_path / "index", two_domains, [tmp_path / "loose.jsonl"])
+    hits = moeret.Retriever.load(tmp_path / "index").search("find the apple", k=50, route="all")
+    named = sorted((hit.domain, hit.title) for hit in hits if hit.id == "d3")
+    assert named == [("", ""), ("fruit", "fig"), ("metal", "gold")]
 
 
 def test_one_id_in_two_corpora_is_refused(tmp_path, monkeypatch, model_folder):
@@ -176,7 +178,9 @@ def test_one_id_in_two_corpora_is_refused(tmp_path, monkeypatch, model_folder):
     monkeypatch.setattr("moeret.models.embed.Embedder.base", lambda *rest, **more: pytest.fail("embedded first"))
     loose_corpus(tmp_path / "one.jsonl")
     write_jsonl(tmp_path / "two.jsonl", [{"_id": "loose0", "text": "another"}])
-    with pytest.raises(moeret.DataError, match=r"two\.jsonl: document 'loose0'.*already \(from .*one\.jsonl\)"):
+    with pytest.raises(
+        moeret.DataError, match=r"two\.jsonl: line 1: id 'loose0' is another document's on line 1 of .*one"
+    ):
         build_index(model_folder, tmp_path / "index", {}, [tmp_path / "one.jsonl", tmp_path / "two.jsonl"])
 
 
@@ -195,38 +199,112 @@ def test_the_same_document_in_two_corpora_is_one_hit(tmp_path, monkeypatch, mode
 def test_a_model_may_change_while_its_documents_are_embedded(tmp_path, monkeypatch, model_folder, two_domains):
     before = build_index(model_folder, tmp_path / "before", two_domains)
     model = shutil.copytree(model_folder, tmp_path / "model")
-    usual = build.cached_vectors
+    usual = shards.kept_vectors
 
     def removing(*rest):
         if "metal" in moeret.Model.load(model).experts:
             moeret.remove_expert(model, "metal")
         return usual(*rest)
 
-    monkeypatch.setattr(build, "cached_vectors", removing)
+    monkeypatch.setattr(shards, "kept_vectors", removing)
     assert build_index(model, tmp_path / "index", two_domains).fingerprint == before.fingerprint
 
 
 def test_a_model_that_changes_before_it_is_copied_is_said_so(tmp_path, monkeypatch, model_folder, two_domains):
     model = shutil.copytree(model_folder, tmp_path / "model")
 
-    def removing(path):
+    usual = build.scan
+
+    def removing(*rest):
         if "metal" in moeret.Model.load(model).experts:
             moeret.remove_expert(model, "metal")
-        return read_corpus(path)
+        return usual(*rest)
 
-    monkeypatch.setattr(build, "read_corpus", removing)
+    monkeypatch.setattr(build, "scan", removing)
     with pytest.raises(moeret.ArtifactError, match="was changed meanwhile; index it again"):
         build_index(model, tmp_path / "index", {"fruit": two_domains["fruit"]})
     build_index(model, tmp_path / "index", {"fruit": two_domains["fruit"]})
 
 
-def test_what_a_killed_job_left_of_the_documents_is_no_hindrance(tmp_path, model_folder, two_domains):
-    (tmp_path / "index").mkdir()
-    build.write_documents(tmp_path / "index" / "documents.sqlite.unfinished", [Document("half", "a half")])
+def test_what_a_killed_job_left_of_a_shard_is_no_hindrance(tmp_path, monkeypatch, model_folder, two_domains):
+    with monkeypatch.context() as patched:
+        patched.setattr(segment, "write_documents", lambda path, documents: raise_(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build_index(model_folder, tmp_path / "index", two_domains)
+    for left in ("documents.sqlite.unfinished", "table-0123456789ab.safetensors", "vectors.hnsw"):
+        (tmp_path / "index" / "building" / "shards" / "000000" / "fruit" / left).write_bytes(b"half")
     build_index(model_folder, tmp_path / "index", two_domains)
     assert set.union(*held(tmp_path / "index").values()) == set.union(
         *(set(read_corpus(path / "corpus.jsonl")) for path in two_domains.values())
     )
+
+
+@pytest.mark.parametrize("shard_documents", [1, 5, 12, 100])
+@pytest.mark.parametrize("segment_documents", [5, 1000])
+def test_the_index_holds_the_same_however_it_is_cut(
+    tmp_path, monkeypatch, model_folder, two_domains, index_folder, shard_documents, segment_documents
+):
+    place_by_router(monkeypatch, 0.5)
+    loose_corpus(tmp_path / "loose.jsonl")
+    for name, config in (
+        ("whole", IndexConfig()),
+        ("cut", IndexConfig(shard_documents=shard_documents, segment_documents=segment_documents)),
+    ):
+        build_index(model_folder, tmp_path / name, two_domains, [tmp_path / "loose.jsonl"], config=config)
+    whole, cut = (moeret.Retriever.load(tmp_path / name) for name in ("whole", "cut"))
+    for route in ("auto", "all", "base", "fruit"):
+        for one, other in zip(
+            whole.search_batch(QUERIES, 20, route=route), cut.search_batch(QUERIES, 20, route=route), strict=True
+        ):
+            assert {(own.expert, own.domain, own.id) for own in one} == {
+                (own.expert, own.domain, own.id) for own in other
+            }
+            np.testing.assert_allclose([own.score for own in one], [own.score for own in other], atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_shard_that_was_damaged_since_is_encoded_again(tmp_path, monkeypatch, model_folder, two_domains, damage):
+    undisturbed = build_index(model_folder, tmp_path / "undisturbed", two_domains)
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "link", lambda *rest: raise_(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build_index(model_folder, tmp_path / "index", two_domains)
+    for file in (tmp_path / "index" / "building" / "shards").rglob("documents-*.sqlite"):
+        raw = file.read_bytes()
+        file.write_bytes(raw[:-1] if damage == "cut" else bytes([raw[0] ^ 1]) + raw[1:])
+        if damage == "gone":
+            file.unlink()
+    assert build_index(model_folder, tmp_path / "index", two_domains).fingerprint == undisturbed.fingerprint
+
+
+def test_an_unfinished_job_goes_on_for_the_same_request_only(tmp_path, monkeypatch, model_folder, two_domains):
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "link", lambda *rest: raise_(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build_index(model_folder, tmp_path / "index", two_domains)
+    with pytest.raises(
+        moeret.ConfigError, match=r"unfinished job for other things \(ef 160 -> 50\).*delete .*building"
+    ):
+        build_index(model_folder, tmp_path / "index", two_domains, config=IndexConfig(ef=50))
+    other = build_index(model_folder, tmp_path / "index", two_domains, config=IndexConfig(ef=50), overwrite=True)
+    assert other.meta["config"]["ef"] == 50
+
+
+def test_documents_that_cannot_be_used_are_left_out_and_listed_if_asked(tmp_path, model_folder):
+    path = tmp_path / "loose.jsonl"
+    loose_corpus(path)
+    path.write_text('{"_id": 1}\n' + path.read_text() + "no json\n")
+    with pytest.raises(moeret.DataError, match=r"loose\.jsonl: line 1: text is missing; line 7: not JSON"):
+        build_index(model_folder, tmp_path / "index", {}, [path])
+    assert not (tmp_path / "index").exists()
+    published = build_index(model_folder, tmp_path / "index", {}, [path], on_error="skip")
+    assert published.meta["documents"]["count"] == 5
+    listed = [json.loads(line) for line in (tmp_path / "index" / "skipped.jsonl").read_text().splitlines()]
+    assert [(own["file"], own["line"]) for own in listed] == [(str(path), 1), (str(path), 7)]
+    assert listed[0]["reason"] == "text is missing"
+    loose_corpus(path)
+    build_index(model_folder, tmp_path / "index", {}, [path], overwrite=True)
+    assert not (tmp_path / "index" / "skipped.jsonl").exists()
 
 
 def test_a_domain_without_an_expert_is_refused_with_the_command_that_helps(tmp_path, model_folder, domains):
@@ -249,7 +327,7 @@ def test_a_missing_corpus_is_refused_by_name(tmp_path, model_folder):
 
 def test_the_same_request_again_returns_the_index_without_building(monkeypatch, index, model_folder, two_domains):
     before = {path: path.stat().st_mtime_ns for path in index.rglob("*") if path.name != ".lock" and path.is_file()}
-    monkeypatch.setattr(build, "write_documents", lambda path, documents: pytest.fail("built again"))
+    monkeypatch.setattr(segment, "write_documents", lambda path, documents: pytest.fail("built again"))
     again = build_index(model_folder, index, two_domains)
     assert again.fingerprint == artifact.read(index, "index").fingerprint
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -275,7 +353,7 @@ def test_overwrite_replaces_an_index_and_removes_the_old_files(index, model_fold
 
 def test_overwrite_replaces_a_damaged_index(index, model_folder, two_domains):
     published = artifact.read(index, "index")
-    published.path(published.meta["documents"]["file"]).unlink()
+    next(index.rglob("documents-*.sqlite")).unlink()
     with pytest.raises(moeret.ArtifactError, match="is missing"):
         build_index(model_folder, index, two_domains)
     build_index(model_folder, index, two_domains, overwrite=True)
@@ -313,11 +391,10 @@ def test_a_job_that_dies_publishes_nothing_and_the_next_one_makes_the_same_index
 ):
     undisturbed = build_index(model_folder, tmp_path / "undisturbed", two_domains, config=GRAPHS)
     with monkeypatch.context() as patched:
-        patched.setattr(build, "write_documents", lambda path, documents: (path.write_bytes(b"half"), raise_(error)))
+        patched.setattr(segment, "write_documents", lambda path, documents: (path.write_bytes(b"half"), raise_(error)))
         with pytest.raises(error):
             build_index(model_folder, tmp_path / "index", two_domains, config=GRAPHS)
     assert not artifact.exists(tmp_path / "index")
-    assert_nothing_unfinished(tmp_path)
     with pytest.raises(moeret.ArtifactError, match="holds no finished index"):
         moeret.Retriever.load(tmp_path / "index")
     again = build_index(model_folder, tmp_path / "index", two_domains, config=GRAPHS)
@@ -337,7 +414,7 @@ def raise_(error):
 
 def test_vectors_made_before_a_job_died_are_not_made_again(tmp_path, monkeypatch, model_folder):
     folder = write_domain(tmp_path / "fruit", "river")  # documents that training has not seen
-    monkeypatch.setattr(build, "write_documents", lambda path, documents: raise_(KeyboardInterrupt))
+    monkeypatch.setattr(Job, "link", lambda *rest: raise_(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build_index(model_folder, tmp_path / "index", {"fruit": folder})
     monkeypatch.undo()
@@ -350,7 +427,7 @@ def test_vectors_made_before_a_job_died_are_not_made_again(tmp_path, monkeypatch
 def test_a_full_disk_leaves_the_old_index_in_use(monkeypatch, index, model_folder, two_domains, place):
     before = artifact.read(index, "index").fingerprint
     with monkeypatch.context() as patched:
-        patched.setattr(build, place, lambda *rest: raise_(OSError(errno.ENOSPC, "No space left on device")))
+        patched.setattr(segment, place, lambda *rest: raise_(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(OSError, match="No space left"):
             build_index(model_folder, index, two_domains, config=GRAPHS, overwrite=True)
     assert_nothing_unfinished(index)
@@ -383,9 +460,9 @@ def test_two_jobs_in_one_directory_are_refused(tmp_path, model_folder, two_domai
 def test_graphs_are_reported_with_their_recall(tmp_path, model_folder, two_domains):
     published = build_index(model_folder, tmp_path / "index", two_domains, config=GRAPHS)
     for expert in published.meta["experts"].values():
-        segment = expert["segment"]
-        assert segment["recall@10"] == 1.0
-        assert segment["vectors"] <= segment["documents"] == 12
+        [own] = expert["segments"]
+        assert own["recall@10"] == 1.0
+        assert own["documents"] == 12
 
 
 def test_an_index_holds_its_model_and_works_without_the_original(tmp_path, model_folder, two_domains):

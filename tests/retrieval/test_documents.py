@@ -19,7 +19,7 @@ AWKWARD = [
     Document("empty title", "text", ""),
     Document("empty text", "", "title"),
     Document(" spaces\t\n", "\r\n\u2028 \u202e", " "),
-    Document("7", "0", "007"),
+    Document("7", "0", "007", '{"lang": "en"}'),
     Document("long", "x" * 2_000_000, ""),
 ]
 
@@ -44,6 +44,12 @@ def test_any_unicode_text_comes_back_as_it_was(tmp_path_factory, rows):
     opened = DocumentStore(path)
     assert opened.fetch(range(len(rows))) == dict(enumerate(rows))
     opened.close()
+
+
+def test_documents_are_found_by_their_ids(store):
+    ids = [own.id for own in AWKWARD]
+    assert store.rows_of([*ids, "nobody's", ids[0]]) == {id: [row] for row, id in enumerate(ids)}
+    assert store.rows_of([]) == {}
 
 
 def test_rows_are_fetched_in_any_order_once_each_and_by_the_thousand(tmp_path):

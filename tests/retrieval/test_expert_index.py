@@ -1,16 +1,19 @@
 """One expert's index finds what brute force over its whole scores finds."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeret.config import IndexConfig
-from moeret.data.lexical import Lexical, stems
+from moeret.data.lexical import Counts, Lexical, Statistics, stems
 from moeret.models.memory import NEIGHBOURS, Blend, Memory, digest
 from moeret.retrieval import expert_index
-from moeret.retrieval.expert_index import ExpertIndex, build_memory
-from moeret.retrieval.hnsw import build_segment
+from moeret.retrieval.expert_index import ExpertIndex, Part
+from moeret.retrieval.hnsw import build_vector_index
+from moeret.retrieval.segment import Answers
 from moeret.types import Document
 
 FIRST, WIDTH, WORDS = 7, 8, ["iron", "gold", "zinc", "pear", "plum", "fig", "rhine", "nile"]
@@ -21,23 +24,34 @@ def unit(random, count):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def make(seed, documents=60, queries=50, **config):
-    """(index, its documents, their vectors, its memory)."""
+def make(seed, documents=60, queries=50, cuts=(), dead=(), **config):
+    """(index, its live documents, their vectors, its memory); `cuts` are where the documents fall into parts."""
     random = np.random.default_rng(seed)
     corpus = [Document(f"d{n}", " ".join(random.choice(WORDS, 4)) + f" {n % 40}") for n in range(documents)]
     vectors = unit(random, documents)
     vectors[1] = vectors[0]
     answers = [random.choice(documents, random.integers(1, 4), replace=False) for _ in range(queries)]
     memory = Memory.of(unit(random, queries), [[corpus[row].contents for row in own] for own in answers])
-    settings = IndexConfig(**config)
-    segment = build_segment(vectors, np.arange(FIRST, FIRST + documents), settings)
-    lexical = Lexical.of([document.contents for document in corpus])
-    return (
-        ExpertIndex(FIRST, segment, lexical, build_memory(memory, corpus, FIRST, settings)),
-        corpus,
-        vectors,
-        memory,
-    )
+    live = ~np.isin(np.arange(documents), dead)
+    index = index_of(corpus, vectors, memory, IndexConfig(**config), cuts, live)
+    kept = [own for own, alive in zip(corpus, live, strict=True) if alive]
+    return index, kept, vectors[live], memory
+
+
+def index_of(corpus, vectors, memory, settings, cuts=(), live=None, first=FIRST):
+    """An index of documents in parts, of which some are live."""
+    live = np.ones(len(corpus), bool) if live is None else live
+    places = [slice(*own) for own in pairwise([0, *cuts, len(corpus)]) if live[slice(*own)].any()]
+    counts = [Counts.of([own.contents for own in corpus[place]]) for place in places]
+    together = Statistics.of(zip(counts, [live[place] for place in places], strict=True))
+    parts = []
+    for own, place in zip(counts, places, strict=True):
+        contents = [document.contents for document in corpus[place]]
+        alive = None if live[place].all() else np.flatnonzero(live[place])
+        vector_index, answers = build_vector_index(vectors[place], settings), Answers(*memory.answers(contents))
+        parts.append(Part(first, vector_index, Lexical(own, together), answers, alive))
+        first += int(live[place].sum())
+    return ExpertIndex(tuple(parts), build_vector_index(memory.queries.astype(np.float32), settings))
 
 
 def by_hand(corpus, vectors, memory, vector, words, blend):
@@ -58,11 +72,13 @@ def by_hand(corpus, vectors, memory, vector, words, blend):
     st.sampled_from([0.0, 0.4, 3.0]),
     st.integers(1, 70),
     st.sampled_from([0, 10_000]),
+    st.lists(st.integers(1, 59), max_size=3, unique=True).map(sorted),
+    st.sets(st.integers(0, 59), max_size=40),
 )
-@settings(deadline=None, max_examples=40)
-def test_hits_are_the_best_by_the_whole_score(seed, lexical, memory, k, exact_below):
-    """With so few documents that all are candidates."""
-    index, corpus, vectors, kept = make(seed, exact_below=exact_below)
+@settings(deadline=None, max_examples=60)
+def test_hits_are_the_best_by_the_whole_score(seed, lexical, memory, k, exact_below, cuts, dead):
+    """With so few documents that all are candidates; whatever parts they lie in, and of which some are deleted."""
+    index, corpus, vectors, kept = make(seed, exact_below=exact_below, cuts=cuts, dead=sorted(dead))
     blend, words = Blend(lexical, memory), stems(["gold of the rhine", "of the", "unheard"])
     queries = unit(np.random.default_rng(seed + 1), 3)
     for (rows, scores), vector, own in zip(index.search(queries, words, [blend] * 3, k), queries, words, strict=True):
@@ -83,7 +99,7 @@ def test_no_query_is_searched_otherwise_because_of_its_neighbours_in_a_batch():
         np.testing.assert_array_equal(together[row][0], alone[0])
         np.testing.assert_allclose(together[row][1], alone[1], atol=1e-6)
         if row % 3:
-            np.testing.assert_array_equal(alone[0], index.segment.search(queries[[row]], 2)[0][0])
+            np.testing.assert_array_equal(alone[0], FIRST + index.parts[0].vectors.search(queries[[row]], 2)[0][0])
 
 
 def test_a_document_that_only_its_words_or_only_its_memory_find_is_found(monkeypatch):
@@ -100,26 +116,39 @@ def test_a_document_that_only_its_words_or_only_its_memory_find_is_found(monkeyp
         assert found_by_vector < len(vectors) / 2
 
 
+def test_only_what_is_allowed_is_found_and_all_of_it():
+    index, corpus, vectors, memory = make(4, cuts=(20, 45), dead=(3, 30))
+    random = np.random.default_rng(5)
+    sizes = [len(part.vectors.rows) for part in index.parts]
+    for share in (0.0, 0.1, 0.6):
+        allowed = [random.random(size) < share for size in sizes]
+        for own, part in zip(allowed, index.parts, strict=True):
+            own &= True if part.live is None else np.isin(np.arange(len(own)), part.live)
+        numbers = np.concatenate([p.numbered(np.flatnonzero(own)) for p, own in zip(index.parts, allowed, strict=True)])
+        for blend in (Blend(), Blend(0.3, 0.5)):
+            queries, words = unit(random, 3), stems(["gold of the rhine"] * 3)
+            for vector, (rows, scores) in zip(
+                queries, index.search(queries, words, [blend] * 3, 9, allowed), strict=True
+            ):
+                every = by_hand(corpus, vectors, memory, vector, words[0], blend)
+                assert set(rows.tolist()) <= set(numbers.tolist())
+                np.testing.assert_allclose(scores, np.sort(every[numbers - FIRST])[::-1][:9], atol=1e-5)
+
+
 def test_a_memory_forgets_documents_that_changed_and_knows_each_copy():
     _, corpus, _, memory = make(5)
     answered = {own.tobytes() for own in memory.documents}
     one = next(own for own in corpus[:30] if digest(own.contents) in answered)
     kept = [*corpus[:30], *(Document(own.id, own.text + " new") for own in corpus[30:]), Document("copy", one.text)]
-    built = build_memory(memory, kept, FIRST, IndexConfig())
+    answers = Answers(*memory.answers([own.contents for own in kept]))
     known = {digest(own.contents) for own in corpus[:30]}
-    assert {digest(kept[row - FIRST].contents) for row in built.rows} == answered & known
-    assert {FIRST + kept.index(one), FIRST + len(kept) - 1} <= set(built.rows.tolist())
-    assert build_memory(memory, [Document("other", "none of these")], 0, IndexConfig()) is None
+    assert {digest(kept[row].contents) for row in answers.rows} == answered & known
+    assert {kept.index(one), len(kept) - 1} <= set(answers.rows.tolist())
 
 
 def test_what_a_memory_says_of_a_document_does_not_depend_on_the_others():
     index, corpus, vectors, memory = make(8, queries=200)
-    few = corpus[:6]
-    part = ExpertIndex(
-        FIRST,
-        build_segment(vectors[:6], np.arange(FIRST, FIRST + 6), IndexConfig()),
-        memory=build_memory(memory, few, FIRST, IndexConfig()),
-    )
+    part = index_of(corpus[:6], vectors[:6], memory, IndexConfig())
     queries, none, blends = unit(np.random.default_rng(9), 5), [[]] * 5, [Blend(0.0, 1.0)] * 5
     whole = index.search(queries, none, blends, len(corpus))
     for (rows, scores), (all_rows, all_scores) in zip(part.search(queries, none, blends, 6), whole, strict=True):

@@ -60,7 +60,7 @@ def reference(lists: list[Ranking], fusion: str, k: int, same: np.ndarray) -> li
 @settings(max_examples=80, deadline=None)
 @given(lists=rankings(), fusion=st.sampled_from(FUSIONS), k=st.integers(1, ROWS + 3), same=same_documents())
 def test_fusion_agrees_with_its_formula(lists, fusion, k, same):
-    rows, scores = fuse(lists, fusion, k, same)
+    rows, scores = fuse(lists, fusion, k, same.__getitem__)
     expected = reference(lists, fusion, k, same)
     np.testing.assert_allclose(scores, [score for _, score in expected], rtol=1e-6)
     assert rows.tolist() == [row for row, _ in expected]
@@ -69,7 +69,7 @@ def test_fusion_agrees_with_its_formula(lists, fusion, k, same):
 @settings(max_examples=60, deadline=None)
 @given(lists=rankings(), fusion=st.sampled_from(FUSIONS), k=st.integers(1, ROWS), same=same_documents())
 def test_no_document_comes_twice_and_scores_never_rise(lists, fusion, k, same):
-    rows, scores = fuse(lists, fusion, k, same)
+    rows, scores = fuse(lists, fusion, k, same.__getitem__)
     assert len(set(same[rows].tolist())) == len(rows)
     assert (np.diff(scores) <= 0).all()
     held = {int(same[row]) for ranking in lists for row in ranking.rows}
@@ -79,8 +79,8 @@ def test_no_document_comes_twice_and_scores_never_rise(lists, fusion, k, same):
 @settings(max_examples=60, deadline=None)
 @given(lists=rankings(), fusion=st.sampled_from(FUSIONS), k=st.integers(1, ROWS), same=same_documents(), data=st.data())
 def test_the_order_in_which_indexes_answer_changes_nothing(lists, fusion, k, same, data):
-    rows, scores = fuse(lists, fusion, k, same)
-    other_rows, other_scores = fuse(data.draw(st.permutations(lists)), fusion, k, same)
+    rows, scores = fuse(lists, fusion, k, same.__getitem__)
+    other_rows, other_scores = fuse(data.draw(st.permutations(lists)), fusion, k, same.__getitem__)
     assert rows.tolist() == other_rows.tolist()
     assert scores.tolist() == other_scores.tolist()
 
@@ -88,9 +88,9 @@ def test_the_order_in_which_indexes_answer_changes_nothing(lists, fusion, k, sam
 @settings(max_examples=30, deadline=None)
 @given(lists=rankings(), fusion=st.sampled_from(FUSIONS), same=same_documents())
 def test_fewer_hits_are_the_first_of_more_hits(lists, fusion, same):
-    many, _ = fuse(lists, fusion, ROWS, same)
+    many, _ = fuse(lists, fusion, ROWS, same.__getitem__)
     for k in (1, 2, 5):
-        assert fuse(lists, fusion, k, same)[0].tolist() == many[:k].tolist()
+        assert fuse(lists, fusion, k, same.__getitem__)[0].tolist() == many[:k].tolist()
 
 
 def ranking(rows: list[int], scores: list[float], **rest) -> Ranking:
@@ -99,12 +99,12 @@ def ranking(rows: list[int], scores: list[float], **rest) -> Ranking:
 
 def test_equal_scores_are_ordered_by_row():
     lists = [ranking([5, 1, 3], [0.5, 0.5, 0.5]), ranking([4, 0], [0.5, 0.5])]
-    assert fuse(lists, "score", 9, np.arange(6))[0].tolist() == [0, 1, 3, 4, 5]
+    assert fuse(lists, "score", 9, np.arange(6).__getitem__)[0].tolist() == [0, 1, 3, 4, 5]
 
 
 def test_of_rows_with_the_same_document_the_best_is_kept():
     lists = [ranking([0, 1], [0.9, 0.2]), ranking([2, 3], [0.95, 0.1])]
-    rows, scores = fuse(lists, "score", 9, np.array([0, 1, 0, 1]))
+    rows, scores = fuse(lists, "score", 9, np.array([0, 1, 0, 1]).__getitem__)
     assert rows.tolist() == [2, 1]
     np.testing.assert_allclose(scores, [0.95, 0.2])
 
@@ -112,15 +112,15 @@ def test_of_rows_with_the_same_document_the_best_is_kept():
 def test_an_index_that_found_nothing_does_no_harm():
     empty = Ranking(np.empty(0, np.int64), np.empty(0, np.float32))
     for fusion in FUSIONS:
-        assert fuse([empty, ranking([1], [0.5])], fusion, 3, np.arange(2))[0].tolist() == [1]
-        assert fuse([empty], fusion, 3, np.arange(2))[0].tolist() == []
+        assert fuse([empty, ranking([1], [0.5])], fusion, 3, np.arange(2).__getitem__)[0].tolist() == [1]
+        assert fuse([empty], fusion, 3, np.arange(2).__getitem__)[0].tolist() == []
 
 
 @pytest.mark.parametrize("slope", [30.0, 200.0, 1e4])
 def test_a_steep_calibration_neither_warns_nor_ties_what_it_tells_apart(slope):
     lists = [ranking([3, 2, 1, 0], [0.9, 0.8, -0.1, -0.9], slope=slope, intercept=-0.85 * slope)]
-    rows, scores = fuse(lists, "calibrated", 4, np.arange(4))
+    rows, scores = fuse(lists, "calibrated", 4, np.arange(4).__getitem__)
     assert np.isfinite(scores).all()
     assert rows.tolist()[:2] == [3, 2]
     steep = [ranking([1, 0], [0.95, 0.9], slope=30.0, intercept=-5.0)]
-    assert fuse(steep, "calibrated", 2, np.arange(2))[0].tolist() == [1, 0]
+    assert fuse(steep, "calibrated", 2, np.arange(2).__getitem__)[0].tolist() == [1, 0]

@@ -1,4 +1,4 @@
-"""Segments: what hnswlib gets wrong stays contained, and an index that is not what it says is refused."""
+"""Vector indexes: what hnswlib gets wrong stays contained, and an index that is not what it says is refused."""
 
 import resource
 import struct
@@ -15,7 +15,7 @@ from moeret import artifact
 from moeret.artifact import Artifact, Draft
 from moeret.config import IndexConfig
 from moeret.errors import ArtifactError, DataError
-from moeret.retrieval.hnsw import Segment, build_segment, exact_search, read_segment, write_segment
+from moeret.retrieval.hnsw import VectorIndex, build_vector_index, exact_search, read_vector_index, write_vector_index
 
 GRAPH = IndexConfig(exact_below=0)
 EXACT = IndexConfig(exact_below=10**9)
@@ -29,25 +29,25 @@ def vectors_of(count: int, seed: int = 0, width: int = WIDTH) -> np.ndarray:
     return random / np.linalg.norm(random, axis=1, keepdims=True)
 
 
-def segment_of(vectors: np.ndarray, config: IndexConfig = GRAPH, first: int = 0) -> Segment:
-    return build_segment(vectors, np.arange(first, first + len(vectors)), config)
+def index_of(vectors: np.ndarray, config: IndexConfig = GRAPH) -> VectorIndex:
+    return build_vector_index(vectors, config)
 
 
 def publish(root: Path, vectors: np.ndarray, config: IndexConfig = GRAPH) -> Artifact:
     draft = Draft(root, "index")
-    return draft.publish(write_segment(draft, "law-0", segment_of(vectors, config)))
+    return draft.publish(write_vector_index(draft, "law-0", index_of(vectors, config)))
 
 
-def load(root: Path, config: IndexConfig = GRAPH) -> Segment:
+def load(root: Path, config: IndexConfig = GRAPH) -> VectorIndex:
     published = artifact.read(root, "index")
-    return read_segment(published, published.meta, config)
+    return read_vector_index(published, published.meta, config)
 
 
 def with_graph(published: Artifact, raw: bytes) -> Path:
-    """Publishes the same segment with other bytes for its graph, under a manifest that is right about them."""
+    """Publishes the same index with other bytes for its graph, under a manifest that is right about them."""
     draft = Draft(published.root, "index")
     draft.keep(published, published.meta["table"])
-    graph = draft.add("segments/law-0.hnsw", lambda path: path.write_bytes(raw))
+    graph = draft.add("law-0.hnsw", lambda path: path.write_bytes(raw))
     draft.publish({**published.meta, "graph": graph})
     return published.root
 
@@ -62,17 +62,17 @@ def brute_force(query: np.ndarray, vectors: np.ndarray, k: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def thousand() -> Segment:
-    return segment_of(vectors_of(1000))
+def thousand() -> VectorIndex:
+    return index_of(vectors_of(1000))
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(count=st.integers(1000, 3000), seed=st.integers(0, 99), k=st.sampled_from([1, 10, 100]))
 def test_a_graph_finds_nearly_all_of_the_true_nearest(count, seed, k):
     vectors, queries = vectors_of(count, seed), vectors_of(40, seed + 1)
-    segment = segment_of(vectors, IndexConfig(exact_below=0, ef_construction=60))
+    index = index_of(vectors, IndexConfig(exact_below=0, ef_construction=60))
     true, _ = exact_search(queries, vectors, k)
-    found = [rows.tolist() for rows, _ in segment.search(queries, k)]
+    found = [rows.tolist() for rows, _ in index.search(queries, k)]
     assert np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]) >= 0.95
 
 
@@ -82,16 +82,16 @@ def test_a_graph_finds_nearly_all_of_the_true_nearest(count, seed, k):
     query=arrays(np.float32, 3, elements=st.sampled_from([-1.0, 0.0, 1.0, 2.0])),
     k=st.integers(1, 35),
 )
-def test_exact_segments_rank_by_score_then_row_also_where_ties_cross_the_last_place(vectors, query, k):
-    [(rows, scores)] = segment_of(vectors, EXACT).search(query[None], k)
+def test_exact_search_rank_by_score_then_row_also_where_ties_cross_the_last_place(vectors, query, k):
+    [(rows, scores)] = index_of(vectors, EXACT).search(query[None], k)
     assert rows.tolist() == brute_force(query, vectors, k)
     np.testing.assert_array_equal(scores, (vectors @ query)[rows])
 
 
 @pytest.mark.parametrize("config", [GRAPH, EXACT], ids=["graph", "exact"])
 def test_fewer_hits_are_the_first_of_more_hits(config):
-    segment, queries = segment_of(vectors_of(300), config), vectors_of(5, seed=1)
-    for (few, _), (many, _) in zip(segment.search(queries, 7), segment.search(queries, 50), strict=True):
+    index, queries = index_of(vectors_of(300), config), vectors_of(5, seed=1)
+    for (few, _), (many, _) in zip(index.search(queries, 7), index.search(queries, 50), strict=True):
         assert few.tolist() == many[:7].tolist()
 
 
@@ -101,7 +101,7 @@ def test_k_above_the_count_returns_everything(count, config):
     vectors = vectors_of(count)
     for extra in (0, 1, 1000):
         for query, (rows, scores) in zip(
-            vectors_of(3, 5), segment_of(vectors, config).search(vectors_of(3, 5), count + extra), strict=True
+            vectors_of(3, 5), index_of(vectors, config).search(vectors_of(3, 5), count + extra), strict=True
         ):
             assert sorted(rows.tolist()) == list(range(count))
             np.testing.assert_allclose(scores, (vectors @ query)[rows], atol=1e-5)
@@ -112,18 +112,18 @@ def test_k_above_the_count_returns_everything(count, config):
 def test_every_duplicate_is_found_in_row_order(config):
     distinct = vectors_of(20)
     copies = np.random.default_rng(2).permutation(np.repeat(np.arange(20), 60))
-    segment = segment_of(distinct[copies], config, first=7000)
-    for number, (rows, scores) in enumerate(segment.search(distinct, 60)):
-        assert rows.tolist() == (7000 + np.flatnonzero(copies == number)).tolist()
+    index = index_of(distinct[copies], config)
+    for number, (rows, scores) in enumerate(index.search(distinct, 60)):
+        assert rows.tolist() == np.flatnonzero(copies == number).tolist()
         assert len(set(scores.tolist())) == 1
-    [(rows, scores)] = segment.search(distinct[:1], 5000)
-    assert sorted(rows.tolist()) == list(range(7000, 7000 + 1200))
+    [(rows, scores)] = index.search(distinct[:1], 5000)
+    assert sorted(rows.tolist()) == list(range(1200))
     assert rows.tolist() == rows[np.lexsort((rows, -scores))].tolist()
 
 
 def test_documents_with_one_vector_only_still_make_a_graph():
-    segment = segment_of(np.repeat(vectors_of(1), 50, axis=0))
-    [(rows, _)] = segment.search(vectors_of(1), 10)
+    index = index_of(np.repeat(vectors_of(1), 50, axis=0))
+    [(rows, _)] = index.search(vectors_of(1), 10)
     assert rows.tolist() == list(range(10))
 
 
@@ -133,21 +133,21 @@ def test_vectors_that_are_not_finite_are_refused(config, value):
     vectors = vectors_of(10)
     vectors[3, 2] = value
     with pytest.raises(DataError, match="not finite"):
-        segment_of(vectors, config)
+        index_of(vectors, config)
 
 
 def test_progress_counts_every_document_once():
     for config in (GRAPH, EXACT):
         done = []
-        build_segment(np.repeat(vectors_of(300), 2, axis=0), np.arange(600), config, done.append)
+        build_vector_index(np.repeat(vectors_of(300), 2, axis=0), config, done.append)
         assert sum(done) == 600
 
 
 @pytest.mark.parametrize("config", [GRAPH, EXACT], ids=["graph", "exact"])
-def test_a_loaded_segment_searches_as_the_built_one_did(tmp_path, config):
+def test_a_loaded_index_searches_as_the_built_one_did(tmp_path, config):
     vectors, queries = np.concatenate([vectors_of(400), vectors_of(50)]), vectors_of(20, seed=3)
     publish(tmp_path, vectors, config)
-    loaded, built = load(tmp_path, config), segment_of(vectors, config)
+    loaded, built = load(tmp_path, config), index_of(vectors, config)
     for (rows, scores), (same_rows, same_scores) in zip(
         loaded.search(queries, 30), built.search(queries, 30), strict=True
     ):
@@ -163,9 +163,9 @@ def test_ef_is_effective_after_a_load(tmp_path):
     true, _ = exact_search(queries, vectors, 5)
     recall = {}
     for ef in (5, 800):
-        segment = load(tmp_path, IndexConfig(**sparse, ef=ef))
-        assert segment.graph.ef == ef
-        found = [rows.tolist() for rows, _ in segment.search(queries, 5)]
+        index = load(tmp_path, IndexConfig(**sparse, ef=ef))
+        assert index.graph.ef == ef
+        found = [rows.tolist() for rows, _ in index.search(queries, 5)]
         recall[ef] = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(true.tolist(), found, strict=True)])
     assert recall[5] < 0.8 < 0.95 < recall[800]
 
@@ -189,7 +189,7 @@ def test_the_manifest_entry_says_how_well_the_graph_finds(tmp_path):
         pytest.param((vectors_of(300), IndexConfig(exact_below=0, M=8)), id="another M"),
     ],
 )
-def test_another_segments_graph_is_refused_though_its_digest_is_right(tmp_path, other):
+def test_another_indexs_graph_is_refused_though_its_digest_is_right(tmp_path, other):
     swapped = graph_bytes(publish(tmp_path / "other", *other))
     root = with_graph(publish(tmp_path / "index", vectors_of(300)), swapped)
     with pytest.raises(ArtifactError, match=r"law-0-.*\.hnsw is not the HNSW graph"):
@@ -244,15 +244,56 @@ def test_a_header_that_lies_is_refused_though_its_digest_is_right(tmp_path, offs
 
 
 def test_a_full_disk_is_noticed_though_hnswlib_does_not(tmp_path):
-    segment, draft = segment_of(vectors_of(1000)), Draft(tmp_path, "index")
+    index, draft = index_of(vectors_of(1000)), Draft(tmp_path, "index")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(OSError, match="bytes could be written"):
-            write_segment(draft, "law-0", segment)
+            write_vector_index(draft, "law-0", index)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    share=st.sampled_from([0.0, 0.01, 0.3, 0.9, 1.0]),
+    k=st.integers(1, 40),
+    config=st.sampled_from([IndexConfig(exact_below=0, ef=10), EXACT]),
+)
+def test_among_allowed_rows_the_best_are_found_however_few_are_allowed(seed, share, k, config):
+    """Copies too: of a vector that several documents have, those that are allowed count."""
+    random = np.random.default_rng(seed)
+    vectors = np.concatenate([vectors_of(250, seed), vectors_of(50, seed)])
+    allowed = random.random(300) < share
+    queries = vectors_of(4, seed + 1)
+    for query, (rows, scores) in zip(queries, index_of(vectors, config).search(queries, k, allowed), strict=True):
+        true = np.sort(vectors[allowed] @ query)[::-1][:k]
+        assert len(rows) == min(k, allowed.sum())
+        assert allowed[rows].all()
+        np.testing.assert_allclose(scores, (vectors @ query)[rows], atol=1e-6)
+        if config is EXACT:
+            np.testing.assert_allclose(scores, true, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.6, 0.99])
+def test_a_graph_finds_nearly_all_of_the_nearest_allowed(share):
+    vectors, queries = vectors_of(3000), vectors_of(40, 1)
+    allowed = np.random.default_rng(2).random(3000) < share
+    index = index_of(vectors, IndexConfig(exact_below=0, ef_construction=60))
+    true, _ = exact_search(queries, vectors[allowed], 10)
+    true = np.flatnonzero(allowed)[true]
+    found = [rows.tolist() for rows, _ in index.search(queries, 10, allowed)]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(true.tolist(), found, strict=True)]) >= 0.95
+
+
+def test_allowed_rows_far_from_the_query_are_found_though_the_graph_returns_others():
+    near, far = vectors_of(1), -vectors_of(1)
+    vectors = np.concatenate([near + 0.1 * vectors_of(2000, 3), far + 0.1 * vectors_of(400, 4)])
+    allowed = np.arange(2400) >= 2000
+    index = index_of(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), IndexConfig(exact_below=0, ef=10))
+    assert all(len(rows) == 3 and allowed[rows].all() for rows, _ in index.search(near, 3, allowed))
 
 
 class Unreachable:
@@ -264,8 +305,8 @@ class Unreachable:
 
 def test_a_graph_that_cannot_reach_k_vectors_falls_back_to_exact_search():
     vectors, queries = np.concatenate([vectors_of(200)] * 2), vectors_of(6, seed=9)
-    built = segment_of(vectors, EXACT)
-    broken = Segment(built.offsets, built.rows, built.vectors, Unreachable())
+    built = index_of(vectors, EXACT)
+    broken = VectorIndex(built.offsets, built.rows, built.vectors, Unreachable())
     for (rows, scores), (true, true_scores) in zip(broken.search(queries, 90), built.search(queries, 90), strict=True):
         np.testing.assert_array_equal(rows, true)
         np.testing.assert_array_equal(scores, true_scores)
@@ -273,10 +314,10 @@ def test_a_graph_that_cannot_reach_k_vectors_falls_back_to_exact_search():
 
 def test_a_graph_of_real_islands_still_returns_everything():
     islands = np.concatenate([vectors_of(1, seed) + 1e-4 * vectors_of(400, seed + 50) for seed in range(5)])
-    segment = segment_of(islands, IndexConfig(exact_below=0, M=2, ef_construction=2, ef=1))
+    index = index_of(islands, IndexConfig(exact_below=0, M=2, ef_construction=2, ef=1))
     with pytest.raises(RuntimeError, match="Cannot return"):
-        segment.graph.knn_query(islands[:5], k=2000)
-    assert all(len(rows) == 2000 for rows, _ in segment.search(islands[:5], 2000))
+        index.graph.knn_query(islands[:5], k=2000)
+    assert all(len(rows) == 2000 for rows, _ in index.search(islands[:5], 2000))
 
 
 def test_eight_threads_find_what_one_finds(thousand):

@@ -1,0 +1,156 @@
+"""The commands that ask an index."""
+
+from dataclasses import dataclass
+from json import loads
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from moeret.cli.arguments import Domains
+from moeret.config import Precision, RouteMode, require
+from moeret.data.beir import parse_domains
+from moeret.errors import ConfigError
+from moeret.terminal import OUT, print_json, shown_line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """Search an index: the router picks the experts; their indexes give one ranked list."""
+
+    index: tyro.conf.Positional[Path]
+    """Index directory."""
+    query: tyro.conf.Positional[str]
+    """What to look for."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """How many hits."""
+    experts: str | None = None
+    """At most this many experts, or `all` to search every index; unless given, as the router decides."""
+    where: str | None = None
+    """Only documents whose metadata fulfil this JSON, for example '{"lang": "en", "year": {"gte": 2020}}'."""
+    json: bool = False
+    """Print hits and route as JSON."""
+
+    def run(self) -> None:
+        from moeret.retrieval.search import Retriever
+
+        route, experts = ("all", None) if self.experts == "all" else ("auto", _whole(self.experts))
+        where = None if self.where is None else _filter(self.where)
+        retriever = Retriever.load(self.index)
+        found = retriever.rank([self.query], self.k, route=route, experts=experts, where=where)
+        [hits], [routed] = retriever.hits(found), found.routes
+        if self.json:
+            fields = ("rank", "id", "score", "expert", "domain", "title", "text", "metadata")
+            print_json(
+                {
+                    "query": self.query,
+                    "experts": routed.experts,
+                    "abstained": routed.abstained,
+                    "hits": [{name: getattr(hit, name) for name in fields} for hit in hits],
+                }
+            )
+            return
+        _print_route(routed)
+        for hit in hits:
+            OUT.print(
+                f"\n{hit.rank}. {hit.score:.3f}  {shown_line(hit.title or hit.id, 100)}  ({hit.expert}/{shown_line(hit.id, 60)})",
+                markup=False,
+                style="bold",
+            )
+            OUT.print(f"   {shown_line(hit.text, 240)}", markup=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Show which experts a query would use, and how probable each is."""
+
+    index: tyro.conf.Positional[Path]
+    """Index directory."""
+    query: tyro.conf.Positional[str]
+    """The query."""
+    json: bool = False
+    """Print as JSON."""
+
+    def run(self) -> None:
+        from moeret.retrieval.search import Retriever
+
+        route = Retriever.load(self.index).route([self.query])[0]
+        if self.json:
+            print_json(
+                {
+                    "query": self.query,
+                    "probabilities": route.probabilities,
+                    "experts": route.experts,
+                    "abstained": route.abstained,
+                }
+            )
+            return
+        _print_route(route)
+        for name, probability in sorted(route.probabilities.items(), key=lambda item: -item[1]):
+            OUT.print(f"  {name:<24} {probability:7.2%}  {'█' * round(30 * probability)}", markup=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """Score an index on the pooled benchmark: unlabelled queries of all domains against all documents.
+
+    Prints nDCG@10 and R@100 by domain, how often the router was right, and how much of the index a query touched.
+    """
+
+    index: tyro.conf.Positional[Path]
+    """Index directory."""
+    domain: Domains
+    """NAME=BEIR_DIR of each domain to take queries from."""
+    split: str = "test"
+    """Which qrels to score on."""
+    route: RouteMode = "auto"
+    """auto: the router decides. oracle: each query's own domain is known. base: without experts, everywhere. all: the
+    router's experts, everywhere."""
+    baselines: bool = False
+    """Also score BM25 over the pool, the base in one HNSW over the pool, and the oracle."""
+    precision: Precision = "float32"
+    """Of the products that embed queries; bfloat16 is faster where the processor multiplies it."""
+    run_file: Annotated[Path | None, tyro.conf.arg(name="run", metavar="FILE.trec")] = None
+    """Write the route's hits as a TREC run."""
+    json: bool = False
+    """Print the report as JSON."""
+
+    def run(self) -> None:
+        from moeret.evaluation.benchmark import evaluate
+        from moeret.evaluation.tables import report_tables
+        from moeret.retrieval.search import Retriever
+
+        domains = parse_domains([item for group in self.domain for item in group])
+        report = evaluate(
+            Retriever.load(self.index, precision=self.precision),
+            domains,
+            split=self.split,
+            route=self.route,
+            baselines=self.baselines,
+            run_file=self.run_file,
+            show_progress_bar=not self.json,
+        )
+        if self.json:
+            print_json(report)
+        else:
+            for table in report_tables(report):
+                OUT.print(table)
+
+
+def _whole(text: str | None) -> int | None:
+    require(text is None or text.isdecimal(), f"--experts must be a whole number or all, got {text!r}")
+    return None if text is None else int(text)
+
+
+def _filter(text: str) -> dict[str, Any]:
+    try:
+        where = loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--where must be JSON ({error}), got {text!r}") from None
+    require(isinstance(where, dict), f"--where must be a JSON object, got {text!r}")
+    return where
+
+
+def _print_route(route: Any) -> None:
+    used = ", ".join(f"{name} {weight:.0%}" for name, weight in route.experts.items())
+    OUT.print(f"experts: {used or 'none; the router abstains to the base'}", markup=False)

@@ -1,0 +1,129 @@
+"""What an indexing job would cost, told from a sample that goes the whole way."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from moeret import artifact
+from moeret.config import IndexConfig, OnError, require
+from moeret.data.sources import Plan, Source, read_shards, scan
+from moeret.models.model import KIND as MODEL_KIND
+from moeret.models.model import Model
+from moeret.retrieval.build import sources_of
+from moeret.retrieval.hnsw import build_vector_index
+from moeret.retrieval.job import MOST_LINKED_AT_ONCE
+from moeret.retrieval.segment import open_segment
+from moeret.retrieval.shards import ShardEncoder, segment_in
+from moeret.types import Document
+
+_SHARDS, _DOCUMENTS = 8, 256
+"""Shards that the sample is taken from, evenly, and documents of each."""
+_FEW, _MANY = 2**12, 2**14
+"""Vectors of the two graphs that are linked: their difference says what a larger one takes."""
+
+
+def estimate_index(
+    model: str | Path,
+    domains: Mapping[str, str | Path],
+    corpora: Sequence[str | Path] = (),
+    *,
+    config: IndexConfig | None = None,
+    on_error: OnError = "stop",
+) -> dict[str, Any]:
+    """What build_index would take with these arguments, as JSON; nothing is left on disk.
+
+    `documents`, `skipped` and `shards` are counted; `tokens`, `encode_seconds`, `link_seconds`, `seconds` and `bytes` are
+    told from a sample on this machine, of which the first documents do not count because programs are compiled then.
+
+    Raises:
+      DataError, ConfigError, ArtifactError: as build_index does.
+    """
+    config, model = config or IndexConfig(), Path(model)
+    published = artifact.read(model, MODEL_KIND)
+    sources = sources_of(domains, corpora, [entry["name"] for entry in published.meta["experts"]], model)
+    require(bool(sources), "there is nothing to index; give --domain NAME=BEIR_DIR or --corpus FILE.jsonl")
+    plan = scan(sources, config.shard_documents, on_error)
+    loaded = Model.load(model).in_precision(config.precision)
+    sample = _sample(plan)
+    with tempfile.TemporaryDirectory() as scratch:
+        return {
+            "documents": plan.documents,
+            "skipped": len(plan.skipped),
+            "shards": len(plan.shards),
+            **_told(loaded, plan, sample, config, Path(scratch)),
+        }
+
+
+def _sample(plan: Plan) -> list[tuple[Source, list[Document]]]:
+    """Documents from all over the plan."""
+    chosen = [plan.shards[place] for place in np.unique(np.linspace(0, len(plan.shards) - 1, _SHARDS).astype(int))]
+    out = []
+    for shard, documents in read_shards(chosen):
+        places = np.unique(np.linspace(0, len(documents) - 1, _DOCUMENTS).astype(int))
+        out.append((shard, [documents[place] for place in places]))
+    return out
+
+
+def _told(
+    model: Model, plan: Plan, sample: list[tuple[Any, list[Document]]], config: IndexConfig, scratch: Path
+) -> dict[str, Any]:
+    encoder = ShardEncoder(model, config)
+
+    def encode(part: str) -> tuple[float, list[Any]]:
+        started = time.perf_counter()
+        done = [
+            encoder.encode(shard, documents, scratch / part / str(number), lambda count: None)
+            for number, (shard, documents) in enumerate(sample)
+        ]
+        return time.perf_counter() - started, done
+
+    encode("first")
+    seconds, shards = encode("second")
+    count = sum(len(documents) for _, documents in sample)
+    segments = [segment_in(shard, name) for shard in shards for name in shard.meta["experts"]]
+    rows = sum(own.meta["documents"] for own in segments)
+    stored = sum(entry.bytes for own in segments for name, entry in own.files.items() if not name.startswith("vectors"))
+    vectors = np.concatenate([open_segment(own, config).vectors.vectors for own in segments])
+    texts = [own.contents for _, documents in sample for own in documents]
+    tokens = sum(map(len, model.base.tokenizer(model.with_prompt(texts, "document"))))
+    share, linked = plan.documents / count, plan.documents * rows / count
+    links = 2 * config.M * 4 + 16  # of a vector, on the ground: its neighbours and their number, and its own
+    link_seconds = linked * _link_seconds(vectors, linked, config)
+    return {
+        "tokens": int(tokens * share),
+        "encode_seconds": seconds * share,
+        "link_seconds": link_seconds,
+        "seconds": seconds * share + link_seconds,
+        "bytes": int(share * stored + linked * (4 * vectors.shape[1] + links)),
+    }
+
+
+def _link_seconds(vectors: Float[np.ndarray, "N D"], count: float, config: IndexConfig) -> float:
+    """Seconds that a vector takes to be linked with all cores, in segments of so many."""
+    size = min(count, config.segment_documents)
+    if size < config.exact_below:
+        return 0.0
+    threads = int(min(os.cpu_count() or 1, MOST_LINKED_AT_ONCE, -(-count // config.segment_documents)))
+    few, many = (_seconds_each(vectors, own, threads, config) for own in (_FEW, _MANY))
+    return max(few + (many - few) * np.log(size / _FEW) / np.log(_MANY / _FEW), few / 4) / threads
+
+
+def _seconds_each(vectors: Float[np.ndarray, "N D"], count: int, threads: int, config: IndexConfig) -> float:
+    """Seconds of one vector in a graph of so many like these, while other threads do the same."""
+    random = np.random.default_rng(0)
+    own = vectors[random.integers(0, len(vectors), count)] + random.normal(size=(count, vectors.shape[1])) * (
+        0.3 / vectors.shape[1] ** 0.5
+    )
+    own = (own / np.linalg.norm(own, axis=1, keepdims=True)).astype(np.float32)
+    build: Callable[[int], object] = lambda _: build_vector_index(own, config)  # noqa: E731
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(build, range(threads)))
+    return (time.perf_counter() - started) / count

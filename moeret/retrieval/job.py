@@ -1,0 +1,188 @@
+"""What a killed job finds again: shards that are encoded, segments that are linked.
+
+A job's folder lies in the index that it builds or changes, and begins with what was asked for: only the same request goes on
+there. When the next snapshot is published it is deleted.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from moeret import artifact
+from moeret.artifact import Artifact, Draft
+from moeret.config import IndexConfig, differences, require
+from moeret.data.sources import Shard, read_shards
+from moeret.errors import ArtifactError
+from moeret.progress import Advance, progress_bar
+from moeret.retrieval import shards
+from moeret.retrieval.segment import KIND as SEGMENT
+from moeret.retrieval.segment import Segment, joined, open_segment, write_segment
+from moeret.retrieval.shards import ShardEncoder, segment_in
+from moeret.retrieval.snapshot import KIND, LiveSegment
+from moeret.types import Document
+
+Kept = tuple[Segment, Bool[np.ndarray, "N"]]
+"""A segment, and which of its documents are to be kept."""
+FOLDER = "building"
+"""Subfolder of an index that keeps a job's work until it is published."""
+MODEL = "model-"
+"""How the subfolder with an index's model begins."""
+_REQUEST = "request.json"
+MOST_LINKED_AT_ONCE = 8
+"""Segments that are linked side by side at most: each is in memory, twice."""
+
+
+class Job:
+    """The folder of a job that builds or changes the index at `out`, whose lock the caller holds."""
+
+    def __init__(
+        self, out: Path, request: Mapping[str, Any], config: IndexConfig, *, restart: bool = False, shown: bool = False
+    ):
+        """Goes on with the job of the same request, if there is one.
+
+        Raises:
+          ConfigError: another job was cut off there and has saved something, and `restart` is not set.
+        """
+        self._folder, self._config, self._shown = out / FOLDER, config, shown
+        file = self._folder / _REQUEST
+        before = _request(file)
+        if before != request:
+            saved = any(self._folder.glob(f"shards/*/{artifact.MANIFEST}"))
+            require(
+                before is None or restart or not saved,
+                f"{out} has an unfinished job for other things ({differences(before or {}, dict(request))}); give the same "
+                f"arguments again to finish it, or delete {self._folder} to drop it",
+            )
+            _remove_job(out)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        artifact.write_atomically(file, json.dumps(request).encode())
+
+    def encode(
+        self,
+        plan: Sequence[Shard],
+        encoder: Callable[[], ShardEncoder],
+        changed: Callable[[Shard, list[Document]], list[Document]] = lambda shard, documents: documents,
+    ) -> list[Artifact]:
+        """All shards of a plan, each encoded unless it is already; `changed` leaves out documents that need not be."""
+        finished = {shard.number: shards.done(self._shard(shard)) for shard in plan}
+        missing = [shard for shard in plan if finished[shard.number] is None]
+        total, start = sum(shard.documents for shard in plan), sum(s.documents for s in plan if finished[s.number])
+        with progress_bar("Embedding", total, shown=self._shown, unit="documents", start=start) as advance:
+            own = encoder() if missing else None
+            for shard, documents in read_shards(missing):
+                wanted = changed(shard, documents)
+                advance(len(documents) - len(wanted))
+                finished[shard.number] = own.encode(shard, wanted, self._shard(shard), advance)
+        return [finished[shard.number] for shard in plan]
+
+    def _shard(self, shard: Shard) -> Path:
+        return self._folder / "shards" / f"{shard.number:06d}"
+
+    def link(self, experts: Mapping[str, Sequence["Group"]], part: str = "") -> dict[str, list[Artifact]]:
+        """Joins each group of segments of each expert into one with a graph, unless it is already; groups side by side.
+
+        One thread a graph, so that each is the same in every build. What is linked is found again under `part` of the job.
+        """
+        total = sum(group.documents for groups in experts.values() for group in groups)
+        with (
+            progress_bar("Linking", total, shown=self._shown, unit="documents") as advance,
+            ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_LINKED_AT_ONCE)) as threads,
+        ):
+            jobs = {
+                name: [
+                    threads.submit(self._joined, f"{part}{name}-{number:06d}", name, group, advance)
+                    for number, group in enumerate(groups)
+                ]
+                for name, groups in experts.items()
+            }
+            return {name: [job.result() for job in own] for name, own in jobs.items()}
+
+    def _joined(self, place: str, expert: str, group: "Group", advance: Advance) -> Artifact:
+        folder = self._folder / "segments" / place
+        if artifact.exists(folder):
+            with contextlib.suppress(ArtifactError):
+                linked = artifact.read(folder, SEGMENT)
+                advance(group.documents)
+                return linked
+        shutil.rmtree(folder, ignore_errors=True)
+        parts = [part() for part in group.parts]
+        try:
+            return write_segment(folder, joined(parts), self._config, about={"expert": expert}, advance=advance)
+        finally:
+            for segment, _ in parts:
+                segment.store.close()
+
+    def groups(self, encoded: Sequence[Artifact]) -> dict[str, list["Group"]]:
+        """Each expert's segments of these shards, in groups that become a segment each."""
+        parts: dict[str, list[tuple[int, Callable[[], Kept]]]] = {}
+        for shard in encoded:
+            for name, count in shard.meta["experts"].items():
+                parts.setdefault(name, []).append((count, partial(self._open, shard, name)))
+        return {name: in_groups(own, self._config.segment_documents) for name, own in parts.items()}
+
+    def _open(self, shard: Artifact, expert: str) -> Kept:
+        segment = open_segment(segment_in(shard, expert), self._config)
+        return segment, np.ones(len(segment), bool)
+
+
+class Group(NamedTuple):
+    """Segments of one expert that become one: how many documents are kept of them, and how to open each."""
+
+    documents: int
+    parts: list[Callable[[], Kept]]
+
+
+def in_groups(parts: Sequence[tuple[int, Callable[[], Kept]]], most: int) -> list[Group]:
+    """Neighbours together, as long as they have no more than `most` documents."""
+    groups: list[Group] = []
+    for count, part in parts:
+        if groups and groups[-1].documents + count <= most:
+            before = groups.pop()
+            groups.append(Group(before.documents + count, [*before.parts, part]))
+        else:
+            groups.append(Group(count, [part]))
+    return groups
+
+
+def remove_leftovers(out: Path) -> None:
+    """Deletes what jobs left in an index: their folder, and segments and models that no snapshot has; nothing of others'."""
+    _remove_job(out)
+    used = {name for own in artifact.snapshots(out, KIND) for name in own.files}
+    for folder in (*out.glob(f"{MODEL}*"), *(out / "segments").glob("*")):
+        name = folder.relative_to(out).as_posix()
+        if re.search("-[0-9a-f]{12}$", name) and f"{name}/{artifact.MANIFEST}" not in used:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_job(out: Path) -> None:
+    """Deletes what a job keeps in an index, but nothing that others may have put there."""
+    for part in ("shards", "segments"):
+        shutil.rmtree(out / FOLDER / part, ignore_errors=True)
+    (out / FOLDER / _REQUEST).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (out / FOLDER).rmdir()
+
+
+def include_segment(draft: Draft, segment: Artifact, config: IndexConfig) -> LiveSegment:
+    """Puts a linked segment into an index, under a name that tells its contents, with all its rows alive."""
+    folder = f"segments/{segment.meta['expert']}-{segment.fingerprint[:12]}"
+    draft.include(segment, folder)
+    own = open_segment(segment, config)
+    return LiveSegment(folder, own, np.ones(len(own), bool))
+
+
+def _request(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None

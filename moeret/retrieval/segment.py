@@ -1,0 +1,167 @@
+"""Segments: some of one expert's documents with all that finds them, in a folder that never changes.
+
+A segment has its documents' texts, their vectors, how often which word stands where, and which train queries each answered. The
+indexing job writes every shard as segments without a graph; joining these is what links graphs, and compacts later.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt64
+from safetensors.numpy import load_file, save_file
+
+from moeret.artifact import Artifact, Draft
+from moeret.config import IndexConfig
+from moeret.data.lexical import Counts
+from moeret.retrieval.documents import DocumentStore, write_documents
+from moeret.retrieval.hnsw import VectorIndex, build_vector_index, read_vector_index, write_vector_index
+from moeret.retrieval.sketch import make_sketch
+from moeret.types import Document
+
+KIND = "segment"
+_FETCHED_AT_ONCE = 1000
+
+
+class Answers(NamedTuple):
+    """Which of a segment's documents answered the train queries of its expert's memory.
+
+    Those of query t are rows[offsets[t]:offsets[t + 1]], which ascend.
+    """
+
+    offsets: Int[np.ndarray, "T+1"]
+    rows: Int[np.ndarray, "A"]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Answers"], kept: Sequence[Bool[np.ndarray, "_"]]) -> "Answers":
+        """Those of the documents that are kept of several segments, one behind another."""
+        starts = np.cumsum([0, *(own.sum() for own in kept)])
+        queries, rows = [], []
+        for part, own, start in zip(parts, kept, starts, strict=False):
+            mine = own[part.rows]
+            queries.append(np.repeat(np.arange(len(part.offsets) - 1), np.diff(part.offsets))[mine])
+            rows.append((np.cumsum(own) - 1)[part.rows[mine]] + start)
+        every, held = np.concatenate(queries), np.concatenate(rows)
+        counts = np.bincount(every, minlength=len(parts[0].offsets) - 1)
+        return cls(np.concatenate([[0], np.cumsum(counts)]), held[np.lexsort((held, every))])
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a segment is made of. `loose` are the documents without a domain; the texts are read once, in order."""
+
+    documents: Iterable[Document]
+    loose: Bool[np.ndarray, "N"]
+    identities: UInt64[np.ndarray, "N"]
+    vectors: Float[np.ndarray, "N D"]
+    counts: Counts | None
+    answers: Answers | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """A segment on disk. `sketch` is empty where no graph has been linked yet."""
+
+    published: Artifact
+    store: DocumentStore
+    vectors: VectorIndex
+    loose: Bool[np.ndarray, "N"]
+    identities: UInt64[np.ndarray, "N"]
+    sketch: Float[np.ndarray, "C D"]
+    counts: Counts | None
+    answers: Answers | None
+
+    def __len__(self) -> int:
+        return len(self.loose)
+
+    def documents(self, kept: Bool[np.ndarray, "N"]) -> Iterator[Document]:
+        """Its documents that are kept, in order, a few in memory at a time."""
+        rows = np.flatnonzero(kept)
+        for start in range(0, len(rows), _FETCHED_AT_ONCE):
+            yield from self.store.fetch(rows[start : start + _FETCHED_AT_ONCE]).values()
+
+
+def identity(document: Document) -> int:
+    """64 bits by which documents with equal id, title, text and metadata are told to be one."""
+    own = json.dumps([document.id, document.title, document.text, document.metadata], ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(own.encode(), digest_size=8).digest(), "little")
+
+
+def identities(documents: Sequence[Document]) -> UInt64[np.ndarray, "N"]:
+    """The identity of each."""
+    return np.fromiter(map(identity, documents), np.uint64, len(documents))
+
+
+def write_segment(
+    folder: Path,
+    content: Content,
+    config: IndexConfig,
+    *,
+    linked: bool = True,
+    about: dict[str, Any] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Artifact:
+    """Writes a segment; the same content gives the same bytes. `about` joins what its manifest says.
+
+    Raises:
+      DataError: a vector is not finite.
+      OSError: the disk is full, or the folder cannot be written.
+    """
+    if not linked:
+        config = IndexConfig(exact_below=len(content.vectors) + 1)
+    index = build_vector_index(content.vectors, config, advance)
+    sketch = make_sketch(content.vectors) if linked else content.vectors[:0]
+    tensors = {"loose": content.loose, "identities": content.identities, "sketch": np.ascontiguousarray(sketch)}
+    if content.answers:
+        tensors |= {"answers.offsets": content.answers.offsets, "answers.rows": content.answers.rows}
+    draft = Draft(folder, KIND)
+    meta = {
+        **(about or {}),
+        "documents": len(content.loose),
+        "store": draft.add("documents.sqlite", lambda path: write_documents(path, content.documents)),
+        "vectors": write_vector_index(draft, "vectors", index),
+        "table": draft.add("table.safetensors", lambda path: save_file(tensors, path)),
+    }
+    if content.counts:
+        words = content.counts.tensors
+        meta["words"] = draft.add("words.safetensors", lambda path: save_file(words, path))
+    return draft.publish(meta)
+
+
+def open_segment(published: Artifact, config: IndexConfig) -> Segment:
+    """Loads a segment whose files are verified.
+
+    Raises:
+      ArtifactError: its graph is not the one that its manifest describes.
+    """
+    meta, tensors = published.meta, load_file(published.path(published.meta["table"]))
+    answers = Answers(tensors["answers.offsets"], tensors["answers.rows"]) if "answers.rows" in tensors else None
+    return Segment(
+        published,
+        DocumentStore(published.path(meta["store"])),
+        read_vector_index(published, meta["vectors"], config),
+        tensors["loose"],
+        tensors["identities"],
+        tensors["sketch"],
+        Counts.from_tensors(load_file(published.path(meta["words"]))) if "words" in meta else None,
+        answers,
+    )
+
+
+def joined(parts: Sequence[tuple[Segment, Bool[np.ndarray, "_"]]]) -> Content:
+    """What is kept of several segments of one expert, as the content of one."""
+    segments, kept = [part for part, _ in parts], [own for _, own in parts]
+    counts = [part.counts for part in segments if part.counts]
+    answers = [part.answers for part in segments if part.answers]
+    return Content(
+        (document for part, own in parts for document in part.documents(own)),
+        np.concatenate([part.loose[own] for part, own in parts]),
+        np.concatenate([part.identities[own] for part, own in parts]),
+        np.concatenate([part.vectors.vectors_of(np.flatnonzero(own)) for part, own in parts]),
+        Counts.joined(counts, kept) if counts else None,
+        Answers.joined(answers, kept) if answers else None,
+    )
