@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 from moeret.errors import ArtifactError, BusyError
 
 T = TypeVar("T")
-FORMAT = "moeret-9"
 MANIFEST = "manifest.json"
 _SNAPSHOTS = "snapshots"
+_FORMATS = {"model": "moeret-8"}
+"""Of the kinds that are still as they were when others changed."""
 _DIGESTED = re.compile(r"-([0-9a-f]{12})(\.[a-z0-9]+)?$")
 _TEMPORARY = ".unfinished"
 
@@ -126,9 +127,9 @@ def _parse(root: Path, manifest: Path, kind: str) -> Artifact:
         raise ArtifactError(f"cannot read {manifest}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{manifest} is damaged ({type(error).__name__}: {error}); make the {kind} anew") from None
-    if found != (FORMAT, kind):
+    if found != (_format(kind), kind):
         raise ArtifactError(
-            f"{root} is {_a(str(found[1]))} in format {found[0]}; expected {_a(kind)} in format {FORMAT}"
+            f"{root} is {_a(str(found[1]))} in format {found[0]}; expected {_a(kind)} in format {_format(kind)}"
             + ("; another version of moeret made it, make it anew" if found[1] == kind else "")
         )
     if artifact.fingerprint != _fingerprint_of(kind, artifact.meta, files):
@@ -146,6 +147,10 @@ def snapshots(root: Path, kind: str) -> list[Artifact]:
 
 def _snapshot_files(root: Path) -> list[Path]:
     return sorted(path for path in (root / _SNAPSHOTS).glob("*.json") if path.stem.isdecimal())
+
+
+def _format(kind: str) -> str:
+    return _FORMATS.get(kind, "moeret-9")
 
 
 def _a(kind: str) -> str:
@@ -283,7 +288,7 @@ class Draft:
         digest = _fingerprint_of(self.kind, meta, files)
         number = {"number": before + 1, "digest": fingerprint([before + 1, digest])}
         raw = {
-            "format": FORMAT,
+            "format": _format(self.kind),
             "kind": self.kind,
             **({"snapshot": number} if keep else {}),
             "fingerprint": digest,
@@ -343,7 +348,7 @@ def _number(manifest: Path) -> int:
 def _raw(manifest: Path) -> dict[str, Any]:
     try:
         raw = json.loads(manifest.read_text())
-        return raw if raw["format"] == FORMAT and isinstance(raw["files"], dict) else {}
+        return raw if raw["format"] == _format(raw["kind"]) and isinstance(raw["files"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
