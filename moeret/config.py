@@ -16,6 +16,7 @@ MATRICES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out")
 Tower = Literal["query", "both"]
 Precision = Literal["float32", "bfloat16"]
 OnError = Literal["stop", "skip"]
+EngineName = Literal["local", "ray"]
 RouteMode = Literal["auto", "oracle", "base", "all"]
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"

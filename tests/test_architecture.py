@@ -17,6 +17,7 @@ ONE_IMPORTER = {
     "ir_measures": "metrics.py",
     "orbax": "training/checkpoint.py",
     "pyarrow": "data/records.py",
+    "ray": "retrieval/ray_engine.py",
     "sqlite3": "retrieval/documents.py",
     "tokenizers": "data/tokenizer.py",
     "tyro": "cli/",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from moeret.cli.arguments import Domains, Flat
-from moeret.config import IndexConfig, OnError, require
+from moeret.config import EngineName, IndexConfig, OnError, require
 from moeret.data.beir import parse_deletions, parse_domains
 from moeret.terminal import OUT, complain, print_json
 
@@ -39,6 +39,8 @@ class Index:
     """With --update: NAME=FILE.jsonl of {"_id": ...} lines, a domain's documents to delete; FILE.jsonl: those without a domain."""
     on_error: OnError = "stop"
     """What a document that cannot be used does: stop everything before it begins, or be skipped and listed in skipped.jsonl."""
+    engine: EngineName = "local"
+    """local: this process. ray: the cluster that RAY_ADDRESS names, or one started here, an actor for each GPU or core."""
     dry_run: bool = False
     """Only say what it would cost, told from a sample."""
     overwrite: bool = False
@@ -84,7 +86,12 @@ class Index:
             self.config == IndexConfig(),
             "an update keeps the index's settings; leave them out, or build the index anew",
         )
-        how = {"model": self.model, "on_error": self.on_error, "show_progress_bar": not self.json}
+        how = {
+            "model": self.model,
+            "on_error": self.on_error,
+            "engine": self.engine,
+            "show_progress_bar": not self.json,
+        }
         done = update_index(self.out, domains, corpora, deletions, **how)
         counts = {key: getattr(done, key) for key in ("added", "replaced", "deleted", "unchanged", "unknown")}
         if self.json:
@@ -99,7 +106,7 @@ class Index:
     def _build(self, domains: dict[str, Path], corpora: list[Path]) -> None:
         from moeret.retrieval.build import build_index
 
-        how = {"config": self.config, "on_error": self.on_error, "overwrite": self.overwrite}
+        how = {"config": self.config, "on_error": self.on_error, "engine": self.engine, "overwrite": self.overwrite}
         _print_index(
             build_index(self.model, self.out, domains, corpora, show_progress_bar=not self.json, **how), self.json
         )

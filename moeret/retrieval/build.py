@@ -12,13 +12,13 @@ from typing import Any
 
 from moeret import artifact
 from moeret.artifact import Artifact, Draft
-from moeret.config import IndexConfig, OnError, differences, require, to_json
+from moeret.config import EngineName, IndexConfig, OnError, differences, require, to_json
 from moeret.data.sources import Plan, Source, scan
 from moeret.errors import ArtifactError, ConfigError
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import VECTORS, WORK, Model
+from moeret.retrieval.engine import engine_of
 from moeret.retrieval.job import MODEL, Job, include_segment, remove_leftovers
-from moeret.retrieval.shards import ShardEncoder
 from moeret.retrieval.snapshot import KIND, publish_snapshot
 
 _SKIPPED = "skipped.jsonl"
@@ -32,6 +32,7 @@ def build_index(
     *,
     config: IndexConfig | None = None,
     on_error: OnError = "stop",
+    engine: EngineName = "local",
     overwrite: bool = False,
     show_progress_bar: bool = False,
 ) -> Artifact:
@@ -40,7 +41,7 @@ def build_index(
     Files are JSONL, gzip of it (.gz) or Parquet (.parquet). Documents of `corpora` that look like an expert's go to its index
     too; where experts embed their own documents, to that only. A job that was cut off goes on when this is called again with
     the same arguments; a finished index is returned as it is. With `on_error` skip, documents that cannot be used are left out
-    and listed in skipped.jsonl.
+    and listed in skipped.jsonl. The `engine` ray gives shards to the processes of a Ray cluster; the index is the same.
 
     Raises:
       DataError: a file or a document that cannot be used, or an id that comes twice in a domain or among `corpora`.
@@ -58,13 +59,13 @@ def build_index(
         if artifact.exists(out) and (finished := _finished(out, request, overwrite)):
             remove_leftovers(out)
             return finished
-        job = Job(out, request, config, restart=overwrite, shown=show_progress_bar)
+        job = Job(out, request, config, engine_of(engine), restart=overwrite, shown=show_progress_bar)
         write_skipped(out, plan)
         draft = Draft(out, KIND)
         # The index's own model from here on: the other may get or lose an expert while documents are embedded.
         prefix = f"{MODEL}{published.fingerprint[:12]}"
         loaded = _include(draft, published, prefix).in_precision(config.precision)
-        encoded = job.encode(plan.shards, lambda: ShardEncoder(loaded, config, model / WORK / VECTORS))
+        encoded = job.encode(plan.shards, loaded, out / prefix, model / WORK / VECTORS)
         linked = job.link(job.groups(encoded))
         held = {name: [include_segment(draft, own, config) for own in segments] for name, segments in linked.items()}
         about = {

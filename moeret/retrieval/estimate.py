@@ -17,8 +17,8 @@ from moeret.data.sources import Plan, Source, read_shards, scan
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of
+from moeret.retrieval.engine import MOST_LINKED_AT_ONCE
 from moeret.retrieval.hnsw import build_vector_index
-from moeret.retrieval.job import MOST_LINKED_AT_ONCE
 from moeret.retrieval.segment import open_segment
 from moeret.retrieval.shards import ShardEncoder, segment_in
 from moeret.types import Document

@@ -6,11 +6,9 @@ there. When the next snapshot is published it is deleted.
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +19,16 @@ from jaxtyping import Bool
 from moeret import artifact
 from moeret.artifact import Artifact, Draft
 from moeret.config import IndexConfig, differences, require
-from moeret.data.sources import Shard, read_shards
+from moeret.data.sources import Shard
 from moeret.errors import ArtifactError
+from moeret.models.model import Model
 from moeret.progress import Advance, progress_bar
 from moeret.retrieval import shards
+from moeret.retrieval.engine import Engine
 from moeret.retrieval.segment import KIND as SEGMENT
 from moeret.retrieval.segment import Segment, joined, open_segment, write_segment
-from moeret.retrieval.shards import ShardEncoder, segment_in
+from moeret.retrieval.shards import ShardTask, segment_in
 from moeret.retrieval.snapshot import KIND, LiveSegment
-from moeret.types import Document
 
 Kept = tuple[Segment, Bool[np.ndarray, "N"]]
 """A segment, and which of its documents are to be kept."""
@@ -38,22 +37,27 @@ FOLDER = "building"
 MODEL = "model-"
 """How the subfolder with an index's model begins."""
 _REQUEST = "request.json"
-MOST_LINKED_AT_ONCE = 8
-"""Segments that are linked side by side at most: each is in memory, twice."""
 
 
 class Job:
     """The folder of a job that builds or changes the index at `out`, whose lock the caller holds."""
 
     def __init__(
-        self, out: Path, request: Mapping[str, Any], config: IndexConfig, *, restart: bool = False, shown: bool = False
+        self,
+        out: Path,
+        request: Mapping[str, Any],
+        config: IndexConfig,
+        engine: Engine,
+        *,
+        restart: bool = False,
+        shown: bool = False,
     ):
         """Goes on with the job of the same request, if there is one.
 
         Raises:
           ConfigError: another job was cut off there and has saved something, and `restart` is not set.
         """
-        self._folder, self._config, self._shown = out / FOLDER, config, shown
+        self._folder, self._config, self._engine, self._shown = out / FOLDER, config, engine, shown
         file = self._folder / _REQUEST
         before = _request(file)
         if before != request:
@@ -70,42 +74,42 @@ class Job:
     def encode(
         self,
         plan: Sequence[Shard],
-        encoder: Callable[[], ShardEncoder],
-        changed: Callable[[Shard, list[Document]], list[Document]] = lambda shard, documents: documents,
+        model: Model,
+        folder: Path,
+        kept: Path | None = None,
+        places: Mapping[int, np.ndarray] | None = None,
     ) -> list[Artifact]:
-        """All shards of a plan, each encoded unless it is already; `changed` leaves out documents that need not be."""
-        finished = {shard.number: shards.done(self._shard(shard)) for shard in plan}
-        missing = [shard for shard in plan if finished[shard.number] is None]
-        total, start = sum(shard.documents for shard in plan), sum(s.documents for s in plan if finished[s.number])
-        with progress_bar("Embedding", total, shown=self._shown, unit="documents", start=start) as advance:
-            own = encoder() if missing else None
-            for shard, documents in read_shards(missing):
-                wanted = changed(shard, documents)
-                advance(len(documents) - len(wanted))
-                finished[shard.number] = own.encode(shard, wanted, self._shard(shard), advance)
-        return [finished[shard.number] for shard in plan]
+        """All shards of a plan, each encoded with the model (which lies at `folder`) unless it is already.
 
-    def _shard(self, shard: Shard) -> Path:
-        return self._folder / "shards" / f"{shard.number:06d}"
+        `kept` is where training has kept vectors; `places` are the places of the documents that are wanted of each shard.
+        """
+        task = ShardTask(self._folder / "shards", folder, self._config, kept, places)
+        finished = {shard.number: shards.done(task.folder(shard)) for shard in plan}
+        missing = [shard for shard in plan if finished[shard.number] is None]
+        total = sum(shard.documents for shard in plan)
+        start = total - sum(shard.documents for shard in missing)
+        with progress_bar("Embedding", total, shown=self._shown, unit="documents", start=start) as advance:
+            if missing:
+                self._engine.encode(task, missing, model, advance)
+        encoded = [finished[shard.number] or shards.done(task.folder(shard)) for shard in plan]
+        if gone := [shard.number for shard, own in zip(plan, encoded, strict=True) if own is None]:
+            raise ArtifactError(f"{task.folder(plan[gone[0]])} is not there though it was published; run the job again")
+        return encoded
 
     def link(self, experts: Mapping[str, Sequence["Group"]], part: str = "") -> dict[str, list[Artifact]]:
         """Joins each group of segments of each expert into one with a graph, unless it is already; groups side by side.
 
-        One thread a graph, so that each is the same in every build. What is linked is found again under `part` of the job.
+        What is linked is found again under `part` of the job.
         """
-        total = sum(group.documents for groups in experts.values() for group in groups)
-        with (
-            progress_bar("Linking", total, shown=self._shown, unit="documents") as advance,
-            ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_LINKED_AT_ONCE)) as threads,
-        ):
-            jobs = {
-                name: [
-                    threads.submit(self._joined, f"{part}{name}-{number:06d}", name, group, advance)
-                    for number, group in enumerate(groups)
-                ]
-                for name, groups in experts.items()
-            }
-            return {name: [job.result() for job in own] for name, own in jobs.items()}
+        work = [
+            (group.documents, partial(self._joined, f"{part}{name}-{number:06d}", name, group))
+            for name, groups in experts.items()
+            for number, group in enumerate(groups)
+        ]
+        total = sum(count for count, _ in work)
+        with progress_bar("Linking", total, shown=self._shown, unit="documents") as advance:
+            made = iter(self._engine.link(work, advance))
+        return {name: [next(made) for _ in groups] for name, groups in experts.items()}
 
     def _joined(self, place: str, expert: str, group: "Group", advance: Advance) -> Artifact:
         folder = self._folder / "segments" / place

@@ -5,7 +5,8 @@ done is all that a job has to remember, and any process that has the model can e
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,35 @@ class ShardEncoder:
                 return vectors
         embedder = model.embedder.alone(number) if number else model.embedder
         return embedder.base(texts, advance=advance)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """All that a process, here or elsewhere, needs to encode a job's shards: folders, and where there are any, `places`.
+
+    These are, by shard, the places of the documents that are wanted of it.
+    """
+
+    root: Path
+    model: Path
+    config: IndexConfig
+    kept: Path | None = None
+    places: Mapping[int, np.ndarray] | None = None
+
+    def encoder(self, model: Model | None = None) -> ShardEncoder:
+        """What encodes, with this model or the one of the folder."""
+        model = model or Model.load(self.model).in_precision(self.config.precision)
+        return ShardEncoder(model, self.config, self.kept)
+
+    def folder(self, shard: Shard) -> Path:
+        """Where a shard is published."""
+        return self.root / f"{shard.number:06d}"
+
+    def encode(self, encoder: ShardEncoder, shard: Shard, documents: list[Document], advance: Advance) -> None:
+        """Publishes a shard of which these are the documents."""
+        wanted = documents if self.places is None else [documents[place] for place in self.places[shard.number]]
+        advance(len(documents) - len(wanted))
+        encoder.encode(shard, wanted, self.folder(shard), advance)
 
 
 def done(folder: Path) -> Artifact | None:

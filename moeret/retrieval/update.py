@@ -15,17 +15,16 @@ import numpy as np
 
 from moeret import artifact
 from moeret.artifact import Artifact, Draft
-from moeret.config import IndexConfig, OnError, require
-from moeret.data.sources import Plan, Shard, read_shards, scan
+from moeret.config import EngineName, IndexConfig, OnError, require
+from moeret.data.sources import Plan, read_shards, scan
 from moeret.errors import ConfigError
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of, write_skipped
+from moeret.retrieval.engine import Local, engine_of
 from moeret.retrieval.job import Group, Job, in_groups, include_segment, remove_leftovers
 from moeret.retrieval.segment import identity
-from moeret.retrieval.shards import ShardEncoder
 from moeret.retrieval.snapshot import KIND, LiveSegment, publish_snapshot, read_segments
-from moeret.types import Document
 
 _TIER = 8
 """Segments of one size, at most `_TIER` times apart, that an update leaves; more are joined."""
@@ -51,6 +50,7 @@ def update_index(
     *,
     model: str | Path | None = None,
     on_error: OnError = "stop",
+    engine: EngineName = "local",
     show_progress_bar: bool = False,
 ) -> Changes:
     """Adds documents to an index, replaces those of the same id, deletes others, and publishes the next snapshot.
@@ -92,11 +92,11 @@ def update_index(
         counts = edit.counts()
         if not edit.changed and not edit.dead:
             return Changes(**counts, published=published)
-        job = Job(out, request, config, shown=show_progress_bar)
+        job = Job(out, request, config, engine_of(engine), shown=show_progress_bar)
         write_skipped(out, plan)
         loaded = Model.load(folder).in_precision(config.precision)
         shards = [shard for shard in plan.shards if shard.number in edit.changed]
-        encoded = job.encode(shards, lambda: ShardEncoder(loaded, config), edit.changed_of)
+        encoded = job.encode(shards, loaded, folder, places=edit.changed)
         draft = Draft(out, KIND)
         held = edit.left()
         for name, segments in job.link(job.groups(encoded)).items():
@@ -132,7 +132,9 @@ def compact_index(index: str | Path, *, show_progress_bar: bool = False) -> Arti
                 groups[name] = in_groups([_part(own) for own in rest], config.segment_documents)
         if not groups:
             return published
-        job = Job(out, {"compact": [published.snapshot, published.fingerprint]}, config, shown=show_progress_bar)
+        job = Job(
+            out, {"compact": [published.snapshot, published.fingerprint]}, config, Local(), shown=show_progress_bar
+        )
         loaded, draft = Model.load(out / published.meta["model"]["folder"]), Draft(out, KIND)
         for name, segments in job.link(groups).items():
             kept[name] += [include_segment(draft, own, config) for own in segments]
@@ -224,10 +226,6 @@ class _Edit:
     def counts(self) -> dict[str, int]:
         """How many documents were added, replaced, deleted, unchanged, unknown."""
         return self._counts
-
-    def changed_of(self, shard: Shard, documents: list[Document]) -> list[Document]:
-        """The documents of a shard that are new or other than before."""
-        return [documents[place] for place in self.changed[shard.number]]
 
     def left(self) -> dict[str, list[LiveSegment]]:
         """The segments without what is deleted."""
