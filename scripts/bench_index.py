@@ -124,7 +124,7 @@ def main() -> None:
     ]
     body = (
         f"{arguments.documents:,} documents of {told['tokens'] / arguments.documents:.1f} tokens, made by recombining real ones, "
-        f"as one domain, on {os.cpu_count()} cores; a filter's first search, which finds the rows that it allows, is not counted:\n\n"
+        f"as one domain, on {os.cpu_count()} cores; a filter's first search, which finds its rows, is not counted:\n\n"
         + markdown_table(["", "measured", "wanted", ""], rows)
     )
     print(body)

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from safetensors import SafetensorError
 
-from moeret.cli.indexing import Compact, Index, Rollback, Verify
+from moeret.cli.indexing import Compact, Export, Index, Rollback, Verify
 from moeret.cli.searching import Evaluate, Route, Search
 from moeret.cli.training import Experts, ExpertsAdd, Quickstart, Train
 from moeret.errors import MoeretError
@@ -22,6 +22,7 @@ Command = (
     | Annotated[Compact, tyro.conf.subcommand("compact")]
     | Annotated[Rollback, tyro.conf.subcommand("rollback")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Route, tyro.conf.subcommand("route")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]

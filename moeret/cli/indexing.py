@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -174,6 +174,31 @@ class Verify:
             complain(problem)
         if report["problems"]:
             sys.exit(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """Write an index's vectors, ids and metadata, and where a query goes, for those who search with something else."""
+
+    index: IndexFolder
+    """Index directory."""
+    out: Path
+    """Folder to make."""
+    to: Literal["parquet", "hnswlib"] = "parquet"
+    """parquet: a file for each expert. hnswlib: a graph for each expert and the documents of its labels."""
+    json: bool = False
+    """Print what routing.json says."""
+
+    def run(self) -> None:
+        from moeret.retrieval.export import export_index
+
+        table = export_index(self.index, self.out, self.to)
+        if self.json:
+            print_json(table)
+            return
+        for own in table["experts"]:
+            OUT.print(f"{self.out / own['file']}  {own['documents']:,} documents", markup=False)
+        OUT.print(f"{self.out / 'routing.json'}", markup=False)
 
 
 def _print_index(published: Any, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""The records of one file of documents, whatever its format, one after another.
+"""The records of one file of documents, whatever its format, one after another; and Parquet files written.
 
 A file is gzip of JSONL if its name ends with `.gz`, Parquet if it ends with `.parquet`, and JSONL otherwise. A record is a
 non-blank line, or a row of a Parquet file with the columns `_id`, `text` and, if need be, `title` and `metadata` (a struct, a
@@ -7,7 +7,7 @@ map, or text that is a JSON object).
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +105,34 @@ def _rows(path: Path, start: int) -> Iterator[dict[str, Any] | ValueError]:
                 before += batch.num_rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file, or a damaged one ({str(error).splitlines()[0]})") from None
+
+
+def write_parquet(path: Path, parts: Iterable[dict[str, Any]]) -> None:
+    """Writes a Parquet file from columns of some rows at a time; a matrix is a column of lists of one length.
+
+    Raises:
+      DataError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
+    except ImportError:
+        raise DataError(f"{path}: Parquet files need pyarrow; run pip install 'moeret[parquet]'") from None
+
+    def column(values: Any) -> Any:
+        if not isinstance(values, np.ndarray):
+            return pyarrow.array(values, pyarrow.string())
+        return pyarrow.FixedSizeListArray.from_arrays(np.ascontiguousarray(values).ravel(), values.shape[1])
+
+    writer = None
+    try:
+        for part in parts:
+            table = pyarrow.table({name: column(values) for name, values in part.items()})
+            writer = writer or ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer:
+            writer.close()
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | ValueError]:

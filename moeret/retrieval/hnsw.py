@@ -228,6 +228,11 @@ def _save(graph: hnswlib.Index, path: Path) -> None:
         raise OSError(errno.ENOSPC, f"only {written} of {whole} bytes could be written", str(path))
 
 
+def save_graph(index: VectorIndex, path: Path) -> None:
+    """Writes an index's graph as hnswlib has it, whose labels are the numbers of the vectors. Raises OSError on a full disk."""
+    _save(index.graph, path)
+
+
 def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> tuple[hnswlib.Index, Float[np.ndarray, "V D"]]:
     """The graph, and its vectors as they lie in its file: hnswlib itself gives them out as Python lists."""
     with path.open("rb") as file:
