@@ -12,6 +12,7 @@ from moeret.models.memory import Blend
 from moeret.models.model import Model
 from moeret.models.router import Choice, Router
 from moeret.retrieval.filters import Where
+from moeret.retrieval.hnsw import Allowed
 from moeret.retrieval.snapshot import Snapshot
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Route
 
@@ -28,7 +29,7 @@ class Plan:
     """
 
     snapshot: Snapshot
-    allowed: dict[str, list[np.ndarray | None]]
+    allowed: dict[str, list[Allowed | None]]
     weights: Float[np.ndarray, "Q I"]
     vectors: Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]
     shares: list[dict[str, float]]

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,8 @@ class DocumentStore:
             self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
         except sqlite3.Error as error:
             raise self._unreadable(error) from None
-
-    def close(self) -> None:
-        """Gives the file back."""
-        self._connection.close()
+        self.close = weakref.finalize(self, self._connection.close)
+        """Gives the file back, as the last reader's going does."""
 
     def _unreadable(self, error: sqlite3.Error) -> ArtifactError:
         return ArtifactError(f"cannot read {self._path}: {error}; build the index anew")

@@ -5,14 +5,14 @@ lost because another ranks it low. The documents lie in parts, which are searche
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from moeret.data.lexical import Lexical, best
 from moeret.models.memory import CANDIDATES, NEIGHBOURS, Blend, remembered
-from moeret.retrieval.hnsw import VectorIndex
+from moeret.retrieval.hnsw import Allowed, VectorIndex
 from moeret.retrieval.segment import Answers
 
 Found = tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K"]]
@@ -30,11 +30,19 @@ class Part:
     vectors: VectorIndex
     lexical: Lexical | None = None
     answers: Answers | None = None
-    live: Int[np.ndarray, "_"] | None = None
+    live: Allowed | None = None
+    _rows: Int[np.ndarray, "_"] | None = field(init=False)  # those that live, if not all do
+
+    def __post_init__(self):
+        object.__setattr__(self, "_rows", None if self.live is None else np.flatnonzero(self.live.rows))
 
     def numbered(self, rows: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
         """The numbers of some of the live rows."""
-        return self.first + (rows if self.live is None else np.searchsorted(self.live, rows))
+        return self.first + (rows if self._rows is None else np.searchsorted(self._rows, rows))
+
+    def rows_of(self, numbers: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
+        """The rows that have these numbers."""
+        return numbers - self.first if self._rows is None else self._rows[numbers - self.first]
 
     def search(
         self,
@@ -43,12 +51,10 @@ class Part:
         queries: dict[int, Found],
         blends: Sequence[Blend],
         k: int,
-        allowed: Bool[np.ndarray, "N"] | None,
+        allowed: Allowed | None,
     ) -> list[Found]:
         """Each query's `k` best live documents, by their numbers; `queries` are the train queries near to some."""
-        if self.live is not None and allowed is None:
-            allowed = np.zeros(len(self.vectors.rows), bool)
-            allowed[self.live] = True
+        allowed = allowed or self.live
         blended = np.array([any(own) for own in blends], bool)
         found: list[Found] = [None] * len(vectors)
         # No query is searched otherwise because of its neighbours in a batch.
@@ -58,7 +64,7 @@ class Part:
                     found[row] = own
         for row in np.flatnonzero(blended):
             near, asked = found[row][0], queries.get(row)
-            found[row] = self._blend(vectors[row], near, words[row], asked, blends[row], k, allowed)
+            found[row] = self._blend(vectors[row], near, words[row], asked, blends[row], k, allowed and allowed.rows)
         return [(self.numbered(rows), scores) for rows, scores in found]
 
     def _blend(
@@ -105,7 +111,7 @@ class ExpertIndex:
         words: Sequence[Sequence[str]],
         blends: Sequence[Blend],
         k: int,
-        allowed: Sequence[Bool[np.ndarray, "_"] | None] | None = None,
+        allowed: Sequence[Allowed | None] | None = None,
     ) -> list[Found]:
         """Each query's `k` best documents by cosine and blend; fewer only if there are fewer (`allowed`, for each part)."""
         has_words = any(part.lexical for part in self.parts)

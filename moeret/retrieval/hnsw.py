@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hnswlib
 import numpy as np
@@ -35,6 +35,14 @@ _EXACT_PER_ASKED = 16
 """Vectors that are compared exactly in about the time in which a graph finds one."""
 
 
+class Allowed(NamedTuple):
+    """The rows that a search may find, whether each vector has such a row, and the numbers of those that have."""
+
+    rows: Bool[np.ndarray, "N"]
+    passing: Bool[np.ndarray, "V"]
+    vectors: Int[np.ndarray, "_"]
+
+
 @dataclass(frozen=True, slots=True)
 class VectorIndex:
     """Distinct vectors, and which documents (rows) have each: those of vector g are rows[offsets[g]:offsets[g + 1]]."""
@@ -50,41 +58,43 @@ class VectorIndex:
         numbers[self.rows] = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
         object.__setattr__(self, "_vector_of", numbers)
 
+    def allow(self, rows: Bool[np.ndarray, "N"]) -> "Allowed":
+        """What a search that may find these rows alone has to know: worked out once, for any number of searches."""
+        passing = np.add.reduceat(rows[self.rows].astype(np.int64), self.offsets[:-1]) > 0
+        return Allowed(rows, passing, np.flatnonzero(passing))
+
     def search(
-        self, queries: Float[np.ndarray, "Q D"], k: int, allowed: Bool[np.ndarray, "N"] | None = None
+        self, queries: Float[np.ndarray, "Q D"], k: int, allowed: "Allowed | None" = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each query's (rows, scores) of its best documents, best first; equal scores by row: k, or all that are `allowed`."""
         if allowed is None:
             found, scores = self._nearest(queries, min(k, len(self.offsets) - 1))
-            return [self._rows(own, score, k) for own, score in zip(found, scores, strict=True)]
+            return [self._best(own, score, k) for own, score in zip(found, scores, strict=True)]
+        if not len(allowed.vectors) or not len(queries):
+            return [(self.rows[:0], np.empty(0, np.float32)) for _ in queries]
         return self._search_allowed(queries, k, allowed)
 
     def _search_allowed(
-        self, queries: Float[np.ndarray, "Q D"], k: int, allowed: Bool[np.ndarray, "N"]
+        self, queries: Float[np.ndarray, "Q D"], k: int, allowed: "Allowed"
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        mine = np.flatnonzero(np.add.reduceat(allowed[self.rows].astype(np.int64), self.offsets[:-1]))
-        every = len(self.offsets) - 1
-        if not len(mine) or not len(queries):
-            return [(self.rows[:0], np.empty(0, np.float32)) for _ in queries]
+        mine, every = allowed.vectors, len(self.offsets) - 1
         k_vectors = min(k, len(mine))
         asked = min(every, int(_OVERSAMPLED * k_vectors * every / len(mine)))
-        results: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(queries)
+        results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         if self.graph is not None and len(mine) > _EXACT_PER_ASKED * asked:
             found, scores = self._nearest(queries, asked)
-            passing = np.zeros(every, bool)
-            passing[mine] = True
             for query, (own, score) in enumerate(zip(found, scores, strict=True)):
-                kept = passing[own]
+                kept = allowed.passing[own]
                 if kept.sum() >= k_vectors:
-                    results[query] = self._rows(own[kept][:k_vectors], score[kept][:k_vectors], k, allowed)
-        rest = [query for query, result in enumerate(results) if result is None]
+                    results[query] = self._best(own[kept][:k_vectors], score[kept][:k_vectors], k, allowed.rows)
+        rest = [query for query in range(len(queries)) if query not in results]
         if rest:
             found, scores = exact_search(queries[rest], self.vectors[mine], k_vectors)
             for query, own, score in zip(rest, found, scores, strict=True):
-                results[query] = self._rows(mine[own], score, k, allowed)
-        return results
+                results[query] = self._best(mine[own], score, k, allowed.rows)
+        return [results[query] for query in range(len(queries))]
 
-    def _rows(
+    def _best(
         self, found: np.ndarray, scores: np.ndarray, k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k documents that have these vectors."""

@@ -22,7 +22,7 @@ from moeret.models.model import Model, read_memory
 from moeret.retrieval.evidence import Evidence
 from moeret.retrieval.expert_index import ExpertIndex, Part
 from moeret.retrieval.filters import Where
-from moeret.retrieval.hnsw import build_vector_index, read_vector_index, write_vector_index
+from moeret.retrieval.hnsw import Allowed, build_vector_index, read_vector_index, write_vector_index
 from moeret.retrieval.segment import KIND as SEGMENT
 from moeret.retrieval.segment import Segment, open_segment
 from moeret.types import BASE_EXPERT, Document
@@ -159,13 +159,13 @@ class Snapshot:
             id(own): (previous._shares.get(id(own)) if previous else None) or _statistics(own) for own in self.segments
         }
         words = Statistics.total(own for own in self._shares.values() if own)
-        parts = [_part(own, int(first), words) for own, first in zip(self.segments, self._firsts, strict=True)]
+        self._parts = [_part(own, int(first), words) for own, first in zip(self.segments, self._firsts, strict=True)]
         places = np.cumsum([0, *map(len, held.values())])
         self._places = {name: slice(*own) for name, own in zip(held, pairwise(places), strict=True)}
         self.indexes = {
-            name: ExpertIndex(tuple(parts[self._places[name]]), self._memory(name, config)) for name in held
+            name: ExpertIndex(tuple(self._parts[self._places[name]]), self._memory(name, config)) for name in held
         }
-        self._filters: dict[str, list[np.ndarray]] = {}
+        self._filters: dict[str, list[Allowed]] = {}
         self._lock = threading.Lock()
 
     def _memory(self, name: str, config: IndexConfig):
@@ -185,9 +185,8 @@ class Snapshot:
         """(segment, which of the rows are in it, their rows there)."""
         places = np.searchsorted(self._firsts, rows, side="right") - 1
         for place in np.unique(places):
-            mine, own = np.flatnonzero(places == place), self.segments[place]
-            local = rows[mine] - self._firsts[place]
-            yield own, mine, local if own.live.all() else np.flatnonzero(own.live)[local]
+            mine = np.flatnonzero(places == place)
+            yield self.segments[place], mine, self._parts[place].rows_of(rows[mine])
 
     def identities(self, rows: Int[np.ndarray, "_"]) -> UInt64[np.ndarray, "_"]:
         """What tells each row's document: one that lies in two indexes has two rows."""
@@ -226,7 +225,7 @@ class Snapshot:
         """Every document's vector, by row."""
         return np.concatenate([own.segment.vectors.vectors_of(np.flatnonzero(own.live)) for own in self.segments])
 
-    def allowed(self, where: Where | None) -> dict[str, list[np.ndarray | None]]:
+    def allowed(self, where: Where | None) -> dict[str, list[Allowed | None]]:
         """For each expert's index and each part of it the rows that a filter allows; None: all that live."""
         if where is None:
             return {name: [None] * (own.stop - own.start) for name, own in self._places.items()}
@@ -234,7 +233,10 @@ class Snapshot:
         with self._lock:
             masks = self._filters.pop(key, None)
         if masks is None:
-            masks = [own.live & own.segment.store.matching(where, len(own.segment)) for own in self.segments]
+            masks = [
+                own.segment.vectors.allow(own.live & own.segment.store.matching(where, len(own.segment)))
+                for own in self.segments
+            ]
         with self._lock:
             self._filters[key] = masks  # the youngest last
             while len(self._filters) > _FILTERS_KEPT:
@@ -249,5 +251,5 @@ def _statistics(own: LiveSegment) -> Statistics | None:
 def _part(own: LiveSegment, first: int, words: Statistics) -> Part:
     segment = own.segment
     lexical = None if segment.counts is None else Lexical(segment.counts, words)
-    live = None if own.live.all() else np.flatnonzero(own.live)
+    live = None if own.live.all() else segment.vectors.allow(own.live)
     return Part(first, segment.vectors, lexical, segment.answers, live)

@@ -107,7 +107,7 @@ def _recall(segments: list[LiveSegment], queries: Float[np.ndarray, "Q D"]) -> f
     """Share of the true ten nearest live documents of these segments that a search finds."""
     found, true = [], []
     for own in segments:
-        allowed = None if own.live.all() else own.live
+        allowed = None if own.live.all() else own.segment.vectors.allow(own.live)
         rows = np.flatnonzero(own.live)
         vectors = own.segment.vectors.vectors_of(rows)
         found.append([scores for _, scores in own.segment.vectors.search(queries, 10, allowed)])

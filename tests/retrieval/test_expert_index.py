@@ -47,8 +47,8 @@ def index_of(corpus, vectors, memory, settings, cuts=(), live=None, first=FIRST)
     parts = []
     for own, place in zip(counts, places, strict=True):
         contents = [document.contents for document in corpus[place]]
-        alive = None if live[place].all() else np.flatnonzero(live[place])
         vector_index, answers = build_vector_index(vectors[place], settings), Answers(*memory.answers(contents))
+        alive = None if live[place].all() else vector_index.allow(live[place])
         parts.append(Part(first, vector_index, Lexical(own, together), answers, alive))
         first += int(live[place].sum())
     return ExpertIndex(tuple(parts), build_vector_index(memory.queries.astype(np.float32), settings))
@@ -123,12 +123,13 @@ def test_only_what_is_allowed_is_found_and_all_of_it():
     for share in (0.0, 0.1, 0.6):
         allowed = [random.random(size) < share for size in sizes]
         for own, part in zip(allowed, index.parts, strict=True):
-            own &= True if part.live is None else np.isin(np.arange(len(own)), part.live)
+            own &= True if part.live is None else part.live.rows
         numbers = np.concatenate([p.numbered(np.flatnonzero(own)) for p, own in zip(index.parts, allowed, strict=True)])
+        filters = [part.vectors.allow(own) for part, own in zip(index.parts, allowed, strict=True)]
         for blend in (Blend(), Blend(0.3, 0.5)):
             queries, words = unit(random, 3), stems(["gold of the rhine"] * 3)
             for vector, (rows, scores) in zip(
-                queries, index.search(queries, words, [blend] * 3, 9, allowed), strict=True
+                queries, index.search(queries, words, [blend] * 3, 9, filters), strict=True
             ):
                 every = by_hand(corpus, vectors, memory, vector, words[0], blend)
                 assert set(rows.tolist()) <= set(numbers.tolist())

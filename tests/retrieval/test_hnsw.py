@@ -268,7 +268,8 @@ def test_among_allowed_rows_the_best_are_found_however_few_are_allowed(seed, sha
     vectors = np.concatenate([vectors_of(250, seed), vectors_of(50, seed)])
     allowed = random.random(300) < share
     queries = vectors_of(4, seed + 1)
-    for query, (rows, scores) in zip(queries, index_of(vectors, config).search(queries, k, allowed), strict=True):
+    index = index_of(vectors, config)
+    for query, (rows, scores) in zip(queries, index.search(queries, k, index.allow(allowed)), strict=True):
         true = np.sort(vectors[allowed] @ query)[::-1][:k]
         assert len(rows) == min(k, allowed.sum())
         assert allowed[rows].all()
@@ -284,7 +285,7 @@ def test_a_graph_finds_nearly_all_of_the_nearest_allowed(share):
     index = index_of(vectors, IndexConfig(exact_below=0, ef_construction=60))
     true, _ = exact_search(queries, vectors[allowed], 10)
     true = np.flatnonzero(allowed)[true]
-    found = [rows.tolist() for rows, _ in index.search(queries, 10, allowed)]
+    found = [rows.tolist() for rows, _ in index.search(queries, 10, index.allow(allowed))]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(true.tolist(), found, strict=True)]) >= 0.95
 
 
@@ -293,7 +294,7 @@ def test_allowed_rows_far_from_the_query_are_found_though_the_graph_returns_othe
     vectors = np.concatenate([near + 0.1 * vectors_of(2000, 3), far + 0.1 * vectors_of(400, 4)])
     allowed = np.arange(2400) >= 2000
     index = index_of(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), IndexConfig(exact_below=0, ef=10))
-    assert all(len(rows) == 3 and allowed[rows].all() for rows, _ in index.search(near, 3, allowed))
+    assert all(len(rows) == 3 and allowed[rows].all() for rows, _ in index.search(near, 3, index.allow(allowed)))
 
 
 class Unreachable:
