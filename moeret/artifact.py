@@ -29,6 +29,7 @@ _FORMATS = {"model": "moeret-8"}
 """Of the kinds that are still as they were when others changed."""
 _DIGESTED = re.compile(r"-([0-9a-f]{12})(\.[a-z0-9]+)?$")
 _TEMPORARY = ".unfinished"
+_KEYS = {"format", "kind", "snapshot", "fingerprint", "meta", "files"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ def fingerprint(value: Any) -> str:
 
 
 def exists(root: Path) -> bool:
-    """Whether a published artifact lies at `root`."""
-    return (root / MANIFEST).is_file()
+    """Whether a published artifact lies at `root`, damaged or not."""
+    return (root / MANIFEST).exists()
 
 
 def read(root: Path, kind: str, known: Artifact | None = None) -> Artifact:
@@ -114,6 +115,8 @@ def _parse(root: Path, manifest: Path, kind: str) -> Artifact:
     try:
         raw = json.loads(manifest.read_text())
         found = raw["format"], raw["kind"]
+        if strange := raw.keys() - _KEYS:
+            raise ValueError(f"nobody writes {min(strange)!r}")
         files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
         number = raw.get("snapshot", {"number": 0})
         if "snapshot" in raw and number["digest"] != fingerprint([number["number"], raw["fingerprint"]]):
@@ -140,13 +143,28 @@ def _parse(root: Path, manifest: Path, kind: str) -> Artifact:
 
 
 def snapshots(root: Path, kind: str) -> list[Artifact]:
-    """The versions that are kept of an artifact, oldest first, the present one last; their files are not checked."""
-    kept = [_parse(root, path, kind) for path in _snapshot_files(root)]
-    return [*kept, _parse(root, root / MANIFEST, kind)]
+    """The versions that are kept of an artifact, oldest first, the present one last; their files are not checked.
+
+    Raises:
+      ArtifactError: the manifest of one is damaged; the message names it.
+    """
+    present = _parse(root, root / MANIFEST, kind)
+    kept = [_parse_snapshot(root, path, kind) for path in _snapshot_files(root)]
+    return [*(own for own in kept if own.snapshot < present.snapshot), present]  # a killed writer keeps the present too
+
+
+def _parse_snapshot(root: Path, path: Path, kind: str) -> Artifact:
+    try:
+        return _parse(root, path, kind)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"the earlier snapshot {path} cannot be used; restore it, or delete it to do without it ({error})"
+        ) from None
 
 
 def _snapshot_files(root: Path) -> list[Path]:
-    return sorted(path for path in (root / _SNAPSHOTS).glob("*.json") if path.stem.isdecimal())
+    found = (path for path in (root / _SNAPSHOTS).glob("*.json") if path.stem.isdecimal())
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def _format(kind: str) -> str:
@@ -295,34 +313,38 @@ class Draft:
             "meta": meta,
             "files": {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in files.items()},
         }
-        if keep and before and not forget:
+        if keep and before:  # those that are to be forgotten too: killed after the rename, it is known what is to go
             (self.root / _SNAPSHOTS).mkdir(exist_ok=True)
             write_atomically(self.root / _SNAPSHOTS / f"{before:06d}.json", (self.root / MANIFEST).read_bytes())
         write_atomically(self.root / MANIFEST, (json.dumps(raw, indent=1) + "\n").encode())
-        older = _snapshot_files(self.root)
-        for path in older if forget else older[: max(0, len(older) - keep)]:
-            previous |= _listed(path)
-            path.unlink()
-        kept = set().union(*(_listed(path) for path in _snapshot_files(self.root)))
-        self._prune(previous, kept)
+        prune(self.root, 0 if forget else keep, previous)
         return Artifact(self.root, self.kind, meta, files, digest, before + 1 if keep else 0)
 
-    def _prune(self, previous: set[str], kept: set[str]) -> None:
-        """Deletes the files of versions that are no more, and those that a killed writer left in the same folders."""
-        folders = {(self.root / name).parent for name in previous | self._files.keys()}
-        strays = {
-            path.relative_to(self.root).as_posix()
-            for folder in folders
-            if folder.is_dir()
-            for path in folder.iterdir()
-            if path.is_file() and _is_stray(path, self.root, kept | self._files.keys())
-        }
-        for name in (previous | strays) - self._files.keys() - kept:
-            (self.root / name).unlink(missing_ok=True)
-        for folder in sorted(folders | {self.root / _SNAPSHOTS}, reverse=True):
-            while folder != self.root and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-                folder = folder.parent
+
+def prune(root: Path, keep: int, previous: Set[str] = frozenset()) -> None:
+    """Deletes what no version of the artifact at `root` needs once the last `keep` snapshots alone stay.
+
+    Those are files of `previous`, of earlier snapshots, and what killed writers left in the same folders.
+    """
+    older = _snapshot_files(root)
+    for path in older[: max(0, len(older) - keep)]:
+        previous |= _listed(path)
+        path.unlink()
+    used = set().union(*(_listed(path) for path in (root / MANIFEST, *_snapshot_files(root))))
+    folders = {(root / name).parent for name in previous | used}
+    strays = {
+        path.relative_to(root).as_posix()
+        for folder in folders
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if path.is_file() and _is_stray(path, root, used)
+    }
+    for name in (previous | strays) - used:
+        (root / name).unlink(missing_ok=True)
+    for folder in sorted(folders | {root / _SNAPSHOTS}, reverse=True):
+        while folder != root and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
 
 
 def _is_stray(path: Path, root: Path, used: Set[str]) -> bool:

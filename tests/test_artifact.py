@@ -518,3 +518,37 @@ def test_a_manifest_says_what_was_published_in_plain_json(root):
     assert raw["files"].keys() <= everything(root).keys()
     for name, entry in published.files.items():
         assert FileEntry((root / name).stat().st_size, artifact.sha256_of(root / name)) == entry
+
+
+def test_a_manifest_says_the_same_or_nothing_whichever_bit_flips(tmp_path):
+    draft = artifact.Draft(tmp_path, "index")
+    draft.add("a/b.bin", lambda path: path.write_bytes(b"x"))
+    for number in range(2):
+        draft.publish({"number": number, "half": 0.5, "none": None, "text": ["a", "é"]}, keep=1)
+    manifest = tmp_path / "manifest.json"
+    known, raw = artifact.read(tmp_path, "index"), manifest.read_bytes()
+    for place in range(len(raw) * 3):
+        altered = bytearray(raw)
+        altered[place // 3] ^= (1, 4, 32)[place % 3]
+        manifest.write_bytes(altered)
+        try:
+            assert artifact.read(tmp_path, "index") == known, bytes(altered)
+        except ArtifactError as error:
+            assert str(tmp_path) in str(error)
+    for end in range(len(raw) - 1):  # without the line end alone it is whole
+        manifest.write_bytes(raw[:end])
+        with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+            artifact.read(tmp_path, "index")
+
+
+def test_snapshots_are_in_the_order_of_their_numbers_however_long(tmp_path):
+    for number in (999_999, 1_000_000, 1_000_001):
+        artifact.Draft(tmp_path, "index").publish({"number": number}, keep=3)
+        path = tmp_path / "manifest.json"
+        raw = json.loads(path.read_text())
+        raw["snapshot"] = {"number": number, "digest": artifact.fingerprint([number, raw["fingerprint"]])}
+        path.write_text(json.dumps(raw))
+    numbers = [own.snapshot for own in artifact.snapshots(tmp_path, "index")]
+    assert (
+        numbers == [own.meta["number"] for own in artifact.snapshots(tmp_path, "index")] == [999_999, 10**6, 10**6 + 1]
+    )

@@ -23,6 +23,8 @@ Qrels = dict[str, dict[str, int]]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = {BASE_EXPERT, SHARED_EXPERT, "all", "auto", "oracle"}
 _SHOWN_PROBLEMS = 3
+_DEEPEST = 100
+"""Objects and lists of metadata within one another at most: Python reads and writes not many more."""
 
 
 class Problems:
@@ -324,7 +326,7 @@ def _id(row: dict[str, Any]) -> str:
         value = str(value)
     if not isinstance(value, str) or not value:
         raise DataError(f"_id must be a non-empty string, got {short(value)}")
-    return _encodable(value, "_id")
+    return encodable(value, "_id")
 
 
 def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
@@ -333,20 +335,30 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
         value = default
     if not isinstance(value, str):
         raise DataError(f"{key} must be a string, got {short(value)}" if key in row else f"{key} is missing")
-    return _encodable(value, key)
+    return encodable(value, key)
 
 
 def _metadata(row: dict[str, Any]) -> str:
     value = row.get("metadata") or {}
     if not isinstance(value, dict):
         raise DataError(f"metadata must be a JSON object, got {short(value)}")
+    if _is_deep(value):
+        raise DataError(f"metadata must not have more than {_DEEPEST} objects or lists within one another")
     try:
         text = json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
     except ValueError:
         raise DataError(f"metadata must have finite numbers, got {short(value)}") from None
     except (TypeError, RecursionError) as error:
         raise DataError(f"metadata cannot be written as JSON: {error}") from None
-    return _encodable(text, "metadata") if value else ""
+    return encodable(text, "metadata") if value else ""
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [own for one in level for own in (one.values() if isinstance(one, dict) else one)]
+        level = [own for own in level if isinstance(own, (dict, list))]
+    return bool(level)
 
 
 def short(value: Any) -> str:
@@ -355,7 +367,8 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _encodable(value: str, key: str) -> str:
+def encodable(value: str, key: str) -> str:
+    """The value, if it can be written. Raises DataError if it is not valid Unicode."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -18,7 +18,7 @@ from moeret.errors import ArtifactError, ConfigError
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import VECTORS, WORK, Model
 from moeret.retrieval.engine import engine_of
-from moeret.retrieval.job import MODEL, Job, include_segment, remove_leftovers
+from moeret.retrieval.job import MODEL, Job, include_segment, remove_leftovers, remove_published
 from moeret.retrieval.snapshot import KIND, publish_snapshot
 
 _SKIPPED = "skipped.jsonl"
@@ -57,6 +57,7 @@ def build_index(
     request = {**to_json(config), "model": published.fingerprint, "on_error": on_error, **plan.digests}
     with artifact.writing(out):
         if artifact.exists(out) and (finished := _finished(out, request, overwrite)):
+            remove_published(out, finished)
             remove_leftovers(out)
             return finished
         job = Job(out, request, config, engine_of(engine), restart=overwrite, shown=show_progress_bar)

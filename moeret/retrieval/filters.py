@@ -51,6 +51,7 @@ def check(where: Where) -> None:
     require(isinstance(where, Mapping), f"where must be a mapping of fields to conditions, got {where!r}")
     for field, condition in where.items():
         require(isinstance(field, str) and bool(field), f"where: a field is a non-empty string, got {field!r}")
+        require(_is_written(field), f"where: field {field!r} is not valid Unicode text")
         if not isinstance(condition, Mapping):
             _check_value(field, condition)
             continue
@@ -69,12 +70,22 @@ def check(where: Where) -> None:
 
 
 def _check_value(field: str, value: Any) -> None:
+    require(_is_written(value), f"where: field {field!r} cannot be compared with a text that is not valid Unicode")
     fits = isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
     require(fits, f"where: field {field!r} can be compared with a text or a finite number, got {value!r}")
     require(
         not isinstance(value, str) or len(value) <= _LONGEST,
         f"where: field {field!r} cannot be compared with a text of more than {_LONGEST} characters",
     )
+
+
+def _is_written(value: Any) -> bool:
+    """Whether a value is no text, or one that the database can hold."""
+    try:
+        value.encode() if isinstance(value, str) else None
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def matching(where: Where, count: int, select: Callable[[str], Select]) -> set[int]:

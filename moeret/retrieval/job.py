@@ -159,13 +159,22 @@ def in_groups(parts: Sequence[tuple[int, Callable[[], Kept]]], most: int) -> lis
 
 
 def remove_leftovers(out: Path) -> None:
-    """Deletes what jobs left in an index: their folder, and segments and models that no snapshot has; nothing of others'."""
-    _remove_job(out)
+    """Deletes what jobs left in an index: segments and models that no snapshot has, and their folder; nothing of others'."""
     used = {name for own in artifact.snapshots(out, KIND) for name in own.files}
     for folder in (*out.glob(f"{MODEL}*"), *(out / "segments").glob("*")):
         name = folder.relative_to(out).as_posix()
         if re.search("-[0-9a-f]{12}$", name) and f"{name}/{artifact.MANIFEST}" not in used:
             shutil.rmtree(folder, ignore_errors=True)
+    _remove_job(out)  # last: it tells the next writer that there is something to remove
+
+
+def remove_published(out: Path, published: Artifact) -> None:
+    """Deletes what a job left that was killed just after it had published an index's present snapshot."""
+    request = _request(out / FOLDER / _REQUEST) or {}
+    built, changed = request == published.meta["request"], request.get("update of") or request.get("compact")
+    if built or (changed and changed != [published.snapshot, published.fingerprint]):
+        artifact.prune(out, 0 if built else IndexConfig(**published.meta["config"]).snapshots)
+        remove_leftovers(out)
 
 
 def _remove_job(out: Path) -> None:
@@ -187,6 +196,7 @@ def include_segment(draft: Draft, segment: Artifact, config: IndexConfig) -> Liv
 
 def _request(file: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        request = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return request if isinstance(request, dict) else None

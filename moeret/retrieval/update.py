@@ -16,13 +16,14 @@ import numpy as np
 from moeret import artifact
 from moeret.artifact import Artifact, Draft
 from moeret.config import EngineName, IndexConfig, OnError, require
+from moeret.data.beir import encodable
 from moeret.data.sources import Plan, read_shards, scan
 from moeret.errors import ConfigError
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of, write_skipped
 from moeret.retrieval.engine import Local, engine_of
-from moeret.retrieval.job import Group, Job, in_groups, include_segment, remove_leftovers
+from moeret.retrieval.job import Group, Job, in_groups, include_segment, remove_leftovers, remove_published
 from moeret.retrieval.segment import identity
 from moeret.retrieval.snapshot import KIND, LiveSegment, publish_snapshot, read_segments
 
@@ -65,15 +66,15 @@ def update_index(
       ConfigError: there is nothing to change, the model is another, a domain has no expert, or an unfinished job for other things
         lies there.
     """
-    out, wanted = Path(index), {name: frozenset(ids) for name, ids in (delete or {}).items()}
+    out, wanted = Path(index), {name: _ids(name, ids) for name, ids in (delete or {}).items()}
     require(
         bool(domains or corpora or any(wanted.values())),
         "there is nothing to change; give documents that are new or changed, or ids to delete",
     )
     artifact.read(out, KIND)  # nothing is locked or made where there is no index
     with artifact.writing(out):
-        published = artifact.read(out, KIND)
-        config, folder = IndexConfig(**published.meta["config"]), out / published.meta["model"]["folder"]
+        published, config = _opened(out)
+        folder = out / published.meta["model"]["folder"]
         _require_model(published, model)
         experts = [entry["name"] for entry in artifact.inside(published, folder.name, MODEL_KIND).meta["experts"]]
         sources = sources_of(domains or {}, corpora, experts, folder)
@@ -120,8 +121,7 @@ def compact_index(index: str | Path, *, show_progress_bar: bool = False) -> Arti
     out = Path(index)
     artifact.read(out, KIND)
     with artifact.writing(out):
-        published = artifact.read(out, KIND)
-        config = IndexConfig(**published.meta["config"])
+        published, config = _opened(out)
         kept, groups = {}, {}
         for name, segments in read_segments(published).items():
             kept[name] = [own for own in segments if own.live.all() and 2 * len(own.live) > config.segment_documents]
@@ -165,6 +165,22 @@ def rollback_index(index: str | Path, to: int | None = None) -> Artifact:
         after = draft.publish(target.meta, keep=IndexConfig(**target.meta["config"]).snapshots)
         remove_leftovers(out)
         return after
+
+
+def _ids(domain: str, ids: Collection[str]) -> frozenset[str]:
+    own = frozenset(ids)
+    fits = not isinstance(ids, str) and all(isinstance(id, str) for id in own)
+    require(fits, f"delete: the ids of domain {domain!r} must be a list of strings")
+    return frozenset(encodable(id, f"delete: an id of domain {domain!r}") for id in own)
+
+
+def _opened(out: Path) -> tuple[Artifact, IndexConfig]:
+    """An index that is to be changed: whole, with all its snapshots, and without what a killed job left of the last change."""
+    published = artifact.read(out, KIND)
+    config = IndexConfig(**published.meta["config"])
+    artifact.snapshots(out, KIND)
+    remove_published(out, published)
+    return published, config
 
 
 class _Edit:

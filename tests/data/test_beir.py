@@ -203,7 +203,10 @@ def test_an_empty_a_missing_and_an_unreadable_corpus_are_told_apart(corpus, tmp_
 # Queries and judgments
 
 
-@pytest.mark.parametrize("metadata", [[], "en", 7, {"year": float("nan")}, {"a": "\udc00"}])
+NESTED = json.loads('{"a":' * 101 + "1" + "}" * 101)
+
+
+@pytest.mark.parametrize("metadata", [[], "en", 7, {"year": float("nan")}, {"a": "\udc00"}, NESTED])
 def test_metadata_that_is_no_object_is_refused_with_its_line(corpus, metadata):
     row = json.dumps({"_id": "b", "text": "x", "metadata": metadata})
     written(corpus, {"_id": "a", "text": "x", "metadata": None}, row)

@@ -94,6 +94,8 @@ def test_a_filter_allows_the_documents_that_fulfil_every_condition(tmp_path_fact
         ({"year": {"in": [None]}}, "a text or a finite number"),
         ({"year": {"exists": 1}}, "exists needs true or false"),
         ({"url": "x" * 257}, "more than 256 characters"),
+        ({"url": {"in": ["\ud800"]}}, "a text that is not valid Unicode"),
+        ({"\ud800": 1}, "is not valid Unicode text"),
     ],
 )
 def test_a_filter_that_makes_no_sense_is_refused(where, reason):

@@ -193,6 +193,8 @@ def test_what_cannot_be_changed_is_refused_before_anything_is_done(tmp_path, ind
         ({}, "nothing to change"),
         ({"delete": {"fruit": []}}, "nothing to change"),
         ({"delete": {"river": ["d0"]}}, "cannot delete from domain river"),
+        ({"delete": {"fruit": "d0"}}, "ids of domain 'fruit' must be a list of strings"),
+        ({"delete": {"": [5]}}, "ids of domain '' must be a list of strings"),
         ({"domains": {"river": tmp_path}}, "no expert river"),
         ({"corpora": [path], "model": both.model.published.root}, "built with another model"),
     ]:
@@ -200,6 +202,8 @@ def test_what_cannot_be_changed_is_refused_before_anything_is_done(tmp_path, ind
             update_index(index, **arguments)
     with pytest.raises(moeret.DataError, match="is not there"):
         update_index(index, corpora=[tmp_path / "nowhere.jsonl"])
+    with pytest.raises(moeret.DataError, match="an id of domain '' is not valid Unicode"):
+        update_index(index, delete={"": ["\ud800"]})
     with pytest.raises(moeret.ArtifactError, match="no index at"):
         update_index(tmp_path / "nowhere", corpora=[path])
     with pytest.raises(moeret.ArtifactError, match="expected an index"):
