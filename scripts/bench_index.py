@@ -3,8 +3,8 @@
   python -m scripts.bench_index --data DATA --model MODEL [--documents 1000000]
 
 DATA is a folder of BEIR folders, whose documents are cut and recombined into documents of about 20 tokens, all of one domain.
-MODEL is a model with a query tower; its first expert gets them. What the plan for a billion documents (docs/scale.md) needs is
-measured on the way. About 40 minutes a million on two slow cores. Writes a section of BENCHMARKS.md.
+MODEL is a model with a query tower; its first expert gets them. What is measured a document is then carried on to a billion
+(docs/scale.md). Two hours a million on two slow cores. Writes a section of BENCHMARKS.md.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of BEIR folders")
     parser.add_argument("--model", type=Path, required=True, help="model directory")
     parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--segment-documents", type=int, default=2**18, help="documents of a segment at most")
     parser.add_argument("--scratch", type=Path, help="where to work; a temporary folder unless given")
     arguments = parser.parse_args()
     scratch = arguments.scratch or Path(tempfile.mkdtemp())
@@ -64,7 +65,7 @@ def main() -> None:
         write_corpus(arguments.data, scratch / "corpus", arguments.documents)
     model = moeret.Model.load(arguments.model)
     expert = model.experts[0]
-    named = ["--domain", f"{expert}={scratch / 'corpus'}"]
+    named = ["--domain", f"{expert}={scratch / 'corpus'}", "--segment-documents", arguments.segment_documents]
     count = int(ALONE * arguments.documents)
     texts = [own.contents for own in read_corpus(scratch / "corpus" / "corpus.jsonl")[: 2 * count]]
     model.embedder.base(texts[:2000])  # compiles
@@ -84,9 +85,10 @@ def main() -> None:
     report = json.loads(_run("verify", scratch / "index", "--json"))
     recall = report["experts"][expert]["recall@10"]
     size = sum(entry.bytes for entry in artifact.read(scratch / "index", "index").files.values())
-    started = time.perf_counter()
-    retriever = moeret.Retriever.load(scratch / "index", model=None)
-    loading = time.perf_counter() - started
+    resident, started = _resident(), time.perf_counter()
+    retriever = moeret.Retriever.load(scratch / "index")
+    loading, resident = time.perf_counter() - started, _resident() - resident
+    graph = _graph_seconds(retriever, texts)
     filters = {"no filter": None, "1 of 100": {"part": 7}, "half": {"part": {"lt": 50}}}
     times = {name: _search(retriever, texts, where) for name, where in filters.items()}
     rows = [
@@ -125,13 +127,67 @@ def main() -> None:
     ]
     body = (
         f"{arguments.documents:,} documents of {told['tokens'] / arguments.documents:.1f} tokens, made by recombining real ones, "
-        f"as one domain, on {len(os.sched_getaffinity(0))} cores; a filter's first search, which finds its rows, is not counted:\n\n"
+        f"as one domain, on {len(os.sched_getaffinity(0))} cores; a filter's first search, which finds its rows, does not count:\n\n"
         + markdown_table(["", "measured", "wanted", ""], rows)
     )
+    seconds_each = {"embed": encoding / arguments.documents, "link": told["link_seconds"] / arguments.documents}
+    body += "\n\n" + _carried_on(arguments, seconds_each, size, resident, graph)
     print(body)
     write_section("index", "Indexing many short documents", body)
     if not arguments.scratch:
         shutil.rmtree(scratch)
+
+
+def _carried_on(
+    arguments: argparse.Namespace, seconds: dict[str, float], size: int, resident: int, graph: float
+) -> str:
+    """What more documents of one expert would take, if each takes what one took here."""
+    cores = len(os.sched_getaffinity(0))
+    rows = []
+    for count in (10**6, 10**7, 10**8, 10**9):
+        segments = -(-count // 2**18)
+        rows.append(
+            [
+                f"{count:,}",
+                f"{count * seconds['embed'] * cores / 3600:,.0f}",
+                f"{count * seconds['link'] * cores / 3600:,.1f}",
+                f"{count * size / arguments.documents / 1e9:,.0f}",
+                f"{count * resident / arguments.documents / 1e9:,.0f}",
+                f"{segments:,}",
+                f"{1e3 * segments * graph:,.0f}",
+            ]
+        )
+    columns = [
+        "documents",
+        "core hours to embed",
+        "to link",
+        "GB on disk",
+        "GB in memory",
+        "segments",
+        "ms in graphs a query",
+    ]
+    return (
+        f"Carried on from {size / arguments.documents:.0f} bytes on disk and {resident / arguments.documents:.0f} in memory a document, "
+        f"{1e3 * graph:.2f} ms a query in the graph of a segment of {arguments.segment_documents:,}, in segments of 262,144:\n\n"
+        + markdown_table(columns, rows)
+    )
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _graph_seconds(retriever: moeret.Retriever, texts: list[str]) -> float:
+    """What a query takes in one segment's graph, median."""
+    vectors = retriever.model.encode_query(texts[:SEARCHES], expert="base")
+    [part, *_] = retriever.parts
+    taken = []
+    for vector in vectors:
+        started = time.perf_counter()
+        part.vectors.search(vector[None], 100)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def _run(*words: object) -> str:

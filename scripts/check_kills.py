@@ -1,12 +1,14 @@
-"""Kill -9 at random moments: training and indexing must complete when run again, with the result of an undisturbed run.
+"""Kill -9 at random moments: commands must complete when run again, with the result of an undisturbed run.
 
-Command:  python -m scripts.check_kills [--kills 10]
-Time:     about 10 minutes on 2 cores.
-Expected: every rerun completes, and model and index have the fingerprints of the undisturbed ones. Writes its section
-          into BENCHMARKS.md. The corpora are the quickstart's.
+Command:  python -m scripts.check_kills [--kills 10] [--commands train index update compact]
+Time:     about 30 minutes on 2 cores, most of it train.
+Expected: after each kill an index holds and finds what it did before or what it is to, and nothing between; every rerun
+          completes, and then documents, hits with their scores and fingerprint are those of the undisturbed run, ids are
+          unique, verification finds nothing and nothing is left of the job. Writes its section into BENCHMARKS.md. The
+          corpora are the quickstart's.
 """
 
-import os
+import json
 import random
 import shutil
 import signal
@@ -14,76 +16,220 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 
+import moeret
 from moeret import artifact
 from moeret.data.docstrings import write_domains
+from moeret.retrieval.job import FOLDER
 from scripts.benchmarks import markdown_table, write_section
+
+Name = Literal["train", "index", "update", "compact"]
+COLUMNS = {
+    "killed": "killed",
+    "early": "ended before its kill",
+    "old": "held the old",
+    "new": "held the new",
+    "completed": "rerun completed",
+    "same": "same results",
+}
+STEPS = ["--steps", "12", "--shared-steps", "6", "--batch-size", "16", "--evaluate-every", "3"]
+CUT = ["--shard-documents", "20", "--segment-documents", "50", "--exact-below", "30"]
+"""Many shards, and several segments for each expert, some of them graphs."""
+QUERIES = 20
+START_UP = 0.2
+"""Share of a command's time in which it only imports; kills come later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
-    """Kills training and indexing at random moments."""
+    """Kills commands at random moments."""
 
     kills: int = 10
-    """Kills of each of the two."""
+    """Kills of each command."""
+    commands: tuple[Name, ...] = ("train", "index", "update", "compact")
+    """Which commands are killed."""
     seed: int = 0
     """Chooses the moments."""
 
 
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A command that makes `--out` or changes it in place; `prepared` is what it changes, if anything."""
+
+    words: list[str]
+    prepared: Path | None = None
+
+    def run(self, out: Path, after: float | None = None, *, job: bool = False) -> tuple[int | None, float]:
+        """Its exit code, None if it was killed so many seconds after its start, and how many seconds after that it ended.
+
+        With `job` seconds count from when the job that it does has begun.
+        """
+        process = subprocess.Popen(
+            [*program(), *self.words, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        started = time.monotonic()
+        while job and process.poll() is None and not (out / FOLDER).exists():
+            time.sleep(0.002)
+            started = time.monotonic()
+        try:
+            _, complaint = process.communicate(timeout=after)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            _, complaint = process.communicate()
+        seconds = time.monotonic() - started
+        if process.returncode == -signal.SIGKILL:
+            return None, seconds
+        if process.returncode:
+            print(f"{self.words[0]} failed:\n{complaint}", file=sys.stderr)
+        return process.returncode, seconds
+
+    def prepare(self, out: Path) -> None:
+        """Puts back what there was before the command."""
+        shutil.rmtree(out, ignore_errors=True)
+        if self.prepared:
+            shutil.copytree(self.prepared, out)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is at a place: the fingerprint, and of an index what it holds, and what it finds for each query, best first."""
+
+    fingerprint: str
+    documents: frozenset[tuple[str, str, str]] = frozenset()
+    hits: list[list[tuple[str, str, float]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, out: Path, queries: Sequence[str]) -> "State | None":
+        """None where nothing is published. Raises if what is there cannot be loaded or has an id twice."""
+        if not artifact.exists(out):
+            return None
+        if json.loads((out / artifact.MANIFEST).read_text())["kind"] == "model":
+            return cls(artifact.read(out, "model").fingerprint)
+        retriever = moeret.Retriever.load(out)
+        every = retriever.search(queries[0], 100_000, route="all")
+        if len({(hit.domain, hit.id) for hit in every}) < len(every):
+            raise RuntimeError(f"{out} has ids twice")
+        hits = [[(hit.domain, hit.id, hit.score) for hit in own] for own in retriever.search_batch(queries, 10)]
+        retriever.close()
+        return cls(retriever.index.fingerprint, frozenset((hit.domain, hit.id, hit.text) for hit in every), hits)
+
+
 def main() -> None:
-    """Runs both parts and writes the section."""
+    """Kills every command and writes the section."""
     arguments = tyro.cli(Arguments)
-    moments = random.Random(arguments.seed)
+    moments, rows, ends = random.Random(arguments.seed), [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        domains = write_domains(folder / "data", per_library=120, libraries=2)
-        named = ["--domain", *(f"{name}={path}" for name, path in domains.items())]
-        train = ["train", *named, "--steps", "12", "--shared-steps", "6", "--batch-size", "16", "--evaluate-every", "3"]
-        index = ["index", str(folder / "train-undisturbed"), *named, "--exact-below", "100"]
-        rows = []
-        for name, command in (("train", train), ("index", index)):
-            seconds = timed(command, folder / f"{name}-undisturbed")
-            wanted = fingerprint(folder / f"{name}-undisturbed")
-            killed, finished_early, same = 0, 0, 0
-            while killed < arguments.kills:
-                out = folder / f"{name}-killed"
-                shutil.rmtree(out, ignore_errors=True)
-                if not kill(command, out, moments.uniform(0, seconds)):
-                    finished_early += 1
-                    continue
-                killed += 1
-                timed(command, out)
-                same += fingerprint(out) == wanted
-            rows.append([name, f"{seconds:.0f} s", str(killed), str(finished_early), str(same)])
-    columns = ["command", "undisturbed", "killed", "ended before its kill", "rerun completed, same fingerprint"]
-    write_section("kills", "Kill -9 at random moments", markdown_table(columns, rows))
-    if any(row[4] != str(arguments.kills) for row in rows):
-        sys.exit(f"results differ after kills: {rows}")
+        victims, queries = prepare(folder)
+        for name in arguments.commands:
+            seconds, counts = test(victims[name], folder, arguments.kills, moments, queries)
+            print(name, dict(counts), flush=True)
+            rows.append([name, f"{seconds:.0f} s", *(str(counts[key]) for key in COLUMNS)])
+            ends.append(counts["old"] + counts["new"] == counts["completed"] == counts["same"] == arguments.kills)
+    body = [
+        f"Half of the moments are uniform over a command's time but for the first {START_UP:.0%}, in which it imports; the others "
+        "over the time after its job has begun (of train all are of the first kind). *Old* is what there was before: nothing, "
+        "or the earlier snapshot with its documents, hits and scores. *Same results*: documents, hits and scores of "
+        f"{QUERIES} queries and fingerprint are the undisturbed run's, ids are unique, verification finds nothing, nothing is "
+        "left of the job.",
+        markdown_table(["command", "undisturbed", *COLUMNS.values()], rows),
+    ]
+    print("\n\n".join(body))
+    write_section("kills", "Kill -9 at random moments", "\n\n".join(body))
+    if not all(ends):
+        sys.exit("results differ after kills")
 
 
-def timed(command: list[str], out: Path) -> float:
-    """Runs a command to its end, and returns its seconds. Raises CalledProcessError if it fails."""
-    started = time.monotonic()
-    subprocess.run([*program(), *command, "--out", str(out)], check=True, capture_output=True)
-    return time.monotonic() - started
+def prepare(folder: Path) -> tuple[dict[Name, Victim], list[str]]:
+    """The commands, with all that they need, and queries."""
+    domains = write_domains(folder / "data", per_library=120, libraries=3)
+    *named, other = domains
+    named, loose = {name: domains[name] for name in named}, folder / "loose.jsonl"
+    write(loose, ({**row, "text": row["text"][:200]} for row in read(domains[other] / "corpus.jsonl")[:100]))
+    every = [row["text"] for path in domains.values() for row in read(path / "queries.jsonl")]
+    given = [*(word for name, path in named.items() for word in ("--domain", f"{name}={path}")), "--corpus", str(loose)]
+    train = Victim(["train", *given[:-2], *STEPS, "--out"])
+    finish(train, model := folder / "model")
+    index = Victim(["index", str(model), *given, *CUT, "--out"])
+    finish(index, built := folder / "built")
+    update = ["index", str(model), "--update"]
+    changes = [change(folder / f"change{number}", number, named, loose) for number in range(4)]
+    shutil.copytree(built, crowded := folder / "crowded")
+    for own in changes[1:]:
+        finish(Victim([*update, *own, "--out"]), crowded)
+    victims: dict[Name, Victim] = {
+        "train": train,
+        "index": index,
+        "update": Victim([*update, *changes[0], "--out"], built),
+        "compact": Victim(["compact"], crowded),
+    }
+    return victims, every[:: len(every) // QUERIES][:QUERIES]
 
 
-def kill(command: list[str], out: Path, after: float) -> bool:
-    """Starts a command and kills it after so many seconds; False if it had ended by then."""
-    process = subprocess.Popen(
-        [*program(), *command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        return True
-    return False
+def change(folder: Path, number: int, domains: Mapping[str, Path], loose: Path) -> list[str]:
+    """Arguments of an update: of every source 10 documents replaced, 5 deleted, 5 unchanged and 5 new ones."""
+    words = []
+    for name, corpus in {**{name: path / "corpus.jsonl" for name, path in domains.items()}, "": loose}.items():
+        rows, own = read(corpus)[20 * number : 20 * (number + 1)], folder / (name or "loose")
+        replaced = [{**row, "text": f"Version {number}. {row['text'][:200]}"} for row in rows[:10]]
+        added = [{**row, "_id": f"{row['_id']}-{number}", "text": row["text"][-200:]} for row in rows[10:15]]
+        write(own / "corpus.jsonl", [*replaced, *rows[15:], *added])
+        write(own / "gone.jsonl", ({"_id": row["_id"]} for row in rows[10:15]))
+        words += ["--domain", f"{name}={own}"] if name else ["--corpus", str(own / "corpus.jsonl")]
+        words += ["--delete", f"{name}={own / 'gone.jsonl'}".lstrip("=")]
+    return words
+
+
+def test(
+    victim: Victim, folder: Path, kills: int, moments: random.Random, queries: Sequence[str]
+) -> tuple[float, Counter[str]]:
+    """Seconds of an undisturbed run, and what became of so many killed ones."""
+    counts: Counter[str] = Counter()
+    undisturbed, out = folder / "undisturbed", folder / "killed"
+    kinds = [False] if victim.words[0] == "train" else [False, True]
+    longest = {}
+    for job in [False, *kinds]:  # the first makes what is compiled
+        victim.prepare(undisturbed)
+        longest[job] = finish(victim, undisturbed, job=job)
+    seconds = longest[False]
+    victim.prepare(out)
+    old, new = State.of(out, queries), State.of(undisturbed, queries)
+    while counts["killed"] < kills:
+        victim.prepare(out)
+        job = kinds[counts["killed"] % len(kinds)]
+        code, ended = victim.run(out, moments.uniform(0 if job else START_UP, 1) * longest[job], job=job)
+        if code is not None:
+            if code:
+                sys.exit(f"{victim.words[0]} failed before it was killed")
+            counts["early"] += 1
+            longest[job] = min(longest[job], ended)
+            continue
+        left = State.of(out, queries)
+        completed = victim.run(out)[0] == 0
+        same = completed and State.of(out, queries) == new and clean(out)
+        counts.update(killed=1, old=+(left == old), new=+(left == new), completed=+completed, same=+same)
+    return seconds, counts
+
+
+def finish(victim: Victim, out: Path, *, job: bool = False) -> float:
+    """Runs a command to its end, and returns its seconds."""
+    code, seconds = victim.run(out, job=job)
+    if code:
+        sys.exit(f"{victim.words[0]} cannot be run")
+    return seconds
+
+
+def clean(out: Path) -> bool:
+    """Whether nothing is left of a job, and an index's verification finds nothing."""
+    kind = json.loads((out / artifact.MANIFEST).read_text())["kind"]
+    return not (out / FOLDER).exists() and (kind == "model" or not moeret.verify_index(out)["problems"])
 
 
 def program() -> list[str]:
@@ -91,9 +237,15 @@ def program() -> list[str]:
     return [sys.executable, "-m", "moeret.cli"]
 
 
-def fingerprint(out: Path) -> str:
-    """The fingerprint of the artifact at `out`, all of whose files are whole."""
-    return artifact.read(out, "model" if out.name.startswith("train") else "index").fingerprint
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSONL file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from moeret.models.memory import Blend
 from moeret.models.model import Model, check_texts
 from moeret.retrieval import filters
 from moeret.retrieval.dispatch import LEAST_WEIGHT, Plan, make_plan, one_vector
+from moeret.retrieval.expert_index import Part
 from moeret.retrieval.filters import Where
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
 from moeret.retrieval.snapshot import KIND, Snapshot
@@ -123,6 +124,11 @@ class Retriever:
     def sketches(self) -> dict[str, Float[np.ndarray, "C D"]]:
         """What stands for each index's documents."""
         return self._snapshot.sketches
+
+    @property
+    def parts(self) -> list[Part]:
+        """What is searched one after another: a part for each segment."""
+        return [part for index in self._snapshot.indexes.values() for part in index.parts]
 
     def held(self) -> list[tuple[str, Document]]:
         """Every row's expert and document."""
