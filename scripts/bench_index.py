@@ -126,8 +126,8 @@ def main() -> None:
         *[[f"one search, ms, median: {name}", f"{1e3 * own:.1f}", "", ""] for name, own in times.items()],
     ]
     body = (
-        f"{arguments.documents:,} documents of {told['tokens'] / arguments.documents:.1f} tokens, made by recombining real ones, "
-        f"as one domain, on {len(os.sched_getaffinity(0))} cores; a filter's first search, which finds its rows, does not count:\n\n"
+        f"{arguments.documents:,} documents of {told['tokens'] / arguments.documents:.1f} tokens, made by recombining "
+        f"real ones, as one domain, on {len(os.sched_getaffinity(0))} cores; a filter's first search, which finds its rows, does not count:\n\n"
         + markdown_table(["", "measured", "wanted", ""], rows)
     )
     seconds_each = {"embed": encoding / arguments.documents, "link": told["link_seconds"] / arguments.documents}
@@ -168,7 +168,8 @@ def _carried_on(
     ]
     return (
         f"Carried on from {size / arguments.documents:.0f} bytes on disk and {resident / arguments.documents:.0f} in memory a document, "
-        f"{1e3 * graph:.2f} ms a query in the graph of a segment of {arguments.segment_documents:,}, in segments of 262,144:\n\n"
+        f"a document, {1e3 * graph:.2f} ms a query in the graph of a segment of {arguments.segment_documents:,}, "
+        "in segments of 262,144:\n\n"
         + markdown_table(columns, rows)
     )
 
