@@ -127,8 +127,8 @@ def main() -> None:
     ]
     body = (
         f"{arguments.documents:,} documents of {told['tokens'] / arguments.documents:.1f} tokens, made by recombining "
-        f"real ones, as one domain, on {len(os.sched_getaffinity(0))} cores; a filter's first search, which finds its rows, does not count:\n\n"
-        + markdown_table(["", "measured", "wanted", ""], rows)
+        f"real ones, as one domain, on {len(os.sched_getaffinity(0))} cores; a filter's first search, which finds its rows, "
+        "does not count:\n\n" + markdown_table(["", "measured", "wanted", ""], rows)
     )
     seconds_each = {"embed": encoding / arguments.documents, "link": told["link_seconds"] / arguments.documents}
     body += "\n\n" + _carried_on(arguments, seconds_each, size, resident, graph)
@@ -167,10 +167,9 @@ def _carried_on(
         "ms in graphs a query",
     ]
     return (
-        f"Carried on from {size / arguments.documents:.0f} bytes on disk and {resident / arguments.documents:.0f} in memory a document, "
-        f"a document, {1e3 * graph:.2f} ms a query in the graph of a segment of {arguments.segment_documents:,}, "
-        "in segments of 262,144:\n\n"
-        + markdown_table(columns, rows)
+        f"Carried on from {size / arguments.documents:.0f} bytes on disk and {resident / arguments.documents:.0f} "
+        f"in memory a document, {1e3 * graph:.2f} ms a query in the graph of a segment of {arguments.segment_documents:,}, "
+        "in segments of 262,144:\n\n" + markdown_table(columns, rows)
     )
 
 
