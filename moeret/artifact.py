@@ -3,24 +3,22 @@
 An artifact is a directory. `manifest.json` lists its files with size and SHA-256, and is the only name that ever gets
 new contents: a writer adds files whose names carry their own digest, then renames a new manifest over the old one. A
 reader therefore sees the old artifact or the new one, whatever moment a writer dies at, and a directory without a
-manifest is one whose making has not finished. Writers hold an flock on the directory, which a dead writer cannot hold.
+manifest is one whose making has not finished. Writers hold a lock on the directory (moeret.lock).
 
 An artifact may keep its last versions, *snapshots*: their manifests lie in `snapshots`, and files that one of them names stay.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from moeret.errors import ArtifactError, BusyError
+from moeret.errors import ArtifactError
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
@@ -402,28 +400,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def writing(root: Path) -> Iterator[None]:
-    """Holds the writer's lock on `root`, making the directory if need be.
-
-    Raises:
-      BusyError: another live process holds it.
-      ArtifactError: `root` is a file or cannot be made.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / ".lock").open("w")
-    except (FileExistsError, NotADirectoryError):
-        raise ArtifactError(f"{root} cannot be a directory: a file is in the way; choose another path") from None
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write to {root}: {error.strerror}; choose a directory that you may write"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"another process is writing {root}; wait for it or stop it, then run this again") from None
-        yield

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moeret"
 ORDER = ["words", "data", "models", "training retrieval", "evaluation", "quickstart", "cli"]
-WORDS = {"errors", "types", "config", "artifact", "metrics", "processes", "progress", "terminal"}
+WORDS = {"errors", "types", "config", "artifact", "lock", "metrics", "processes", "progress", "terminal"}
 ONE_IMPORTER = {
     "bm25s": "data/lexical.py",
     "hnswlib": "retrieval/hnsw.py",

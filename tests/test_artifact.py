@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moeret import artifact
 from moeret.artifact import MANIFEST, Artifact, Draft, FileEntry
 from moeret.errors import ArtifactError, BusyError
+from moeret.lock import writing
 
 KIND = "thing"
 OLD = {"top.bin": b"the old top", "deep/er/one.bin": b"the old depth", "deep/er/two.txt": b"a text", "plain": b"p"}
@@ -452,13 +453,13 @@ def test_files_that_somebody_elses_manifest_lists_are_not_deleted(tmp_path):
 
 
 def test_two_writers_in_one_process_exclude_each_other_and_readers_are_free(root):
-    with artifact.writing(root):
-        with pytest.raises(BusyError, match=str(root)), artifact.writing(root):
+    with writing(root):
+        with pytest.raises(BusyError, match=str(root)), writing(root):
             pass
         artifact.read(root, KIND)
-    with pytest.raises(ZeroDivisionError), artifact.writing(root):
+    with pytest.raises(ZeroDivisionError), writing(root):
         raise ZeroDivisionError
-    with artifact.writing(root):
+    with writing(root):
         publish(root, NEW)
     assert leftovers(root) == {".lock"}
 
@@ -466,7 +467,8 @@ def test_two_writers_in_one_process_exclude_each_other_and_readers_are_free(root
 WRITER = """
 import sys, time
 from pathlib import Path
-from moeret.artifact import Draft, writing
+from moeret.artifact import Draft
+from moeret.lock import writing
 root = Path(sys.argv[1])
 def half(path):
     path.write_bytes(b"half")
@@ -484,7 +486,7 @@ def test_a_killed_writer_holds_no_lock_harms_no_reader_and_is_swept_up(root):
     with subprocess.Popen([sys.executable, "-c", WRITER, root], stdout=subprocess.PIPE) as writer:
         try:
             assert writer.stdout.readline() == b"writing\n"
-            with pytest.raises(BusyError), artifact.writing(root):
+            with pytest.raises(BusyError), writing(root):
                 pass
         finally:
             writer.kill()
@@ -492,13 +494,13 @@ def test_a_killed_writer_holds_no_lock_harms_no_reader_and_is_swept_up(root):
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 3  # the lock, a finished file and half a one
     assert contents(artifact.read(root, KIND)) == sorted(OLD.values())
-    with artifact.writing(root):
+    with writing(root):
         publish(root, OLD, {"version": "next"})
     assert leftovers(root) == {".lock"}
 
 
 def test_a_writer_makes_the_directories_on_the_way(tmp_path):
-    with artifact.writing(tmp_path / "a" / "b"):
+    with writing(tmp_path / "a" / "b"):
         publish(tmp_path / "a" / "b", OLD)
     artifact.read(tmp_path / "a" / "b", KIND)
 
@@ -507,7 +509,7 @@ def test_a_place_that_cannot_be_written_is_an_artifact_error(tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "folder" / ".lock").mkdir(parents=True)
     for path in (tmp_path / "file", tmp_path / "file" / "under", tmp_path / "folder", tmp_path / ("x" * 300)):
-        with pytest.raises(ArtifactError), artifact.writing(path):
+        with pytest.raises(ArtifactError), writing(path):
             pass
 
 

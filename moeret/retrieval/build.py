@@ -15,6 +15,7 @@ from moeret.artifact import Artifact, Draft
 from moeret.config import EngineName, IndexConfig, OnError, differences, require, to_json
 from moeret.data.sources import Plan, Source, scan
 from moeret.errors import ArtifactError, ConfigError
+from moeret.lock import writing
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import VECTORS, WORK, Model
 from moeret.retrieval.engine import engine_of
@@ -55,7 +56,7 @@ def build_index(
     require(bool(sources), "there is nothing to index; give --domain NAME=BEIR_DIR or --corpus FILE.jsonl")
     plan = scan(sources, config.shard_documents, on_error)
     request = {**to_json(config), "model": published.fingerprint, "on_error": on_error, **plan.digests}
-    with artifact.writing(out):
+    with writing(out):
         if artifact.exists(out) and (finished := _finished(out, request, overwrite)):
             remove_published(out, finished)
             remove_leftovers(out)

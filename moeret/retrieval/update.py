@@ -19,6 +19,7 @@ from moeret.config import EngineName, IndexConfig, OnError, require
 from moeret.data.beir import encodable
 from moeret.data.sources import Plan, read_shards, scan
 from moeret.errors import ConfigError
+from moeret.lock import writing
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of, write_skipped
@@ -72,7 +73,7 @@ def update_index(
         "there is nothing to change; give documents that are new or changed, or ids to delete",
     )
     artifact.read(out, KIND)  # nothing is locked or made where there is no index
-    with artifact.writing(out):
+    with writing(out):
         published, config = _opened(out)
         folder = out / published.meta["model"]["folder"]
         _require_model(published, model)
@@ -120,7 +121,7 @@ def compact_index(index: str | Path, *, show_progress_bar: bool = False) -> Arti
     """
     out = Path(index)
     artifact.read(out, KIND)
-    with artifact.writing(out):
+    with writing(out):
         published, config = _opened(out)
         kept, groups = {}, {}
         for name, segments in read_segments(published).items():
@@ -150,7 +151,7 @@ def rollback_index(index: str | Path, to: int | None = None) -> Artifact:
     """
     out = Path(index)
     artifact.read(out, KIND)
-    with artifact.writing(out):
+    with writing(out):
         *earlier, _ = artifact.snapshots(out, KIND)
         numbers = [own.snapshot for own in earlier]
         require(bool(numbers), f"{out} keeps no earlier snapshot")

@@ -17,6 +17,7 @@ from moeret.artifact import Artifact, Draft
 from moeret.config import DEFAULT_BASE, ExpertConfig, TrainConfig, differences, require, to_json
 from moeret.data.beir import check_name
 from moeret.errors import ConfigError
+from moeret.lock import writing
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.memory import Blend
@@ -72,7 +73,7 @@ def train(
         "base": encoder.fingerprint,
         **{f"domain {name}": source_digests(path) for name, path in domains.items()},
     }
-    with artifact.writing(out) if is_first() else nullcontext():
+    with writing(out) if is_first() else nullcontext():
         if artifact.exists(out):
             finished = artifact.read(out, KIND)
             _require_same(
@@ -155,7 +156,7 @@ def add_expert(
     check_name(name)
     model, domain = Path(model), Path(domain)
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
-    with artifact.writing(model):
+    with writing(model):
         loaded = Model.load(model)
         published = loaded.published
         shape = {key: tuple(v) if isinstance(v, list) else v for key, v in published.meta["expert"].items()}
@@ -220,7 +221,7 @@ def remove_expert(model: str | Path, name: str) -> Artifact:
     """
     model = Path(model)
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
-    with artifact.writing(model):
+    with writing(model):
         published = artifact.read(model, KIND)
         entries = published.meta["experts"]
         names = [entry["name"] for entry in entries]

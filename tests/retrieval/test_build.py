@@ -15,6 +15,7 @@ import moeret
 from moeret import artifact
 from moeret.config import IndexConfig
 from moeret.data.beir import read_corpus
+from moeret.lock import writing
 from moeret.models.memory import Blend
 from moeret.models.model import Model
 from moeret.retrieval import build, segment, shards
@@ -453,7 +454,7 @@ def test_writes_that_really_fail_leave_the_old_index_in_use(index, model_folder,
 
 
 def test_two_jobs_in_one_directory_are_refused(tmp_path, model_folder, two_domains):
-    with artifact.writing(tmp_path / "index"), pytest.raises(moeret.BusyError, match="another process is writing"):
+    with writing(tmp_path / "index"), pytest.raises(moeret.BusyError, match="another process is writing"):
         build_index(model_folder, tmp_path / "index", two_domains)
 
 

@@ -19,6 +19,7 @@ import moeret
 from moeret import artifact
 from moeret.config import IndexConfig
 from moeret.errors import ArtifactError, BusyError, DataError
+from moeret.lock import writing
 from moeret.models.memory import Memory
 from moeret.models.model import Model
 from moeret.retrieval import hnsw, job, segment, shards, snapshot
@@ -210,7 +211,7 @@ def test_numbers_say_which_snapshot_is_the_present_one_not_clocks(tmp_path, monk
 def test_a_writer_that_is_not_alone_or_may_not_write_changes_nothing(tmp_path, monkeypatch, history, index):
     before, new = on_disk(index), tmp_path / "new"
     calls = [(own, index) for own in (change(tmp_path), compact_index, rollback_index, history[1])]
-    with artifact.writing(index):
+    with writing(index):
         for call, where in calls:
             with pytest.raises(BusyError, match="another process is writing"):
                 call(where)
