@@ -36,6 +36,7 @@ def test_an_index_is_updated_compacted_rolled_back_and_verified(tmp_path, index,
         ("n2020", "", 2020),
         ("n2021", "", 2021),
     }
+    assert "no document fulfils" in done("search", index, QUERY, "--where", '{"year": 1}').out
     assert done("compact", index, "--json").json["experts"]["fruit"]["segments"][0]["deleted"] == 0
     assert done("verify", index, "--json").json["problems"] == []
     assert "whole" in done("verify", index).out

@@ -75,7 +75,7 @@ class Index:
         OUT.print(
             f"{cost['documents']:,} documents ({cost['skipped']:,} skipped) of {cost['tokens']:,} tokens, in {cost['shards']:,} "
             f"shards\nabout {_duration(cost['seconds'])}: {_duration(cost['encode_seconds'])} to embed, "
-            f"{_duration(cost['link_seconds'])} to link\nabout {cost['bytes'] / 1e9:.2f} GB on disk, twice that while it runs"
+            f"{_duration(cost['link_seconds'])} to link\nabout {_size(cost['bytes'])} on disk, twice that while it runs"
         )
 
     def _update(self, domains: dict[str, Path], corpora: list[Path], deletions: dict[str, list[str]]) -> None:
@@ -222,3 +222,11 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that people would use."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e6:.1f} MB"

@@ -51,6 +51,8 @@ class Search:
             )
             return
         _print_route(routed)
+        if not hits:
+            OUT.print("nothing found" + ("" if where is None else ": no document fulfils the filter"))
         for hit in hits:
             OUT.print(
                 f"\n{hit.rank}. {hit.score:.3f}  {shown_line(hit.title or hit.id, 100)}  ({hit.expert}/{shown_line(hit.id, 60)})",
