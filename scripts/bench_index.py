@@ -84,9 +84,10 @@ def main() -> None:
     encoding = statistics.mean([before, alone(1)]) * arguments.documents
     report = json.loads(_run("verify", scratch / "index", "--json"))
     recall = report["experts"][expert]["recall@10"]
-    size = sum(entry.bytes for entry in artifact.read(scratch / "index", "index").files.values())
+    files = artifact.read(scratch / "index", "index").files
+    size = sum(entry.bytes for name, entry in files.items() if name.startswith("segments/"))
     resident, started = _resident(), time.perf_counter()
-    retriever = moeret.Retriever.load(scratch / "index")
+    retriever = moeret.Retriever.load(scratch / "index", model=model)
     loading, resident = time.perf_counter() - started, _resident() - resident
     graph = _graph_seconds(retriever, texts)
     filters = {"no filter": None, "1 of 100": {"part": 7}, "half": {"part": {"lt": 50}}}
@@ -120,7 +121,7 @@ def main() -> None:
             _holds(-recall, -BOUNDS["recall"]),
         ],
         ["segments", str(report["experts"][expert]["segments"]), "", ""],
-        ["on disk, GB (as --dry-run said)", f"{size / 1e9:.2f} ({told['bytes'] / 1e9:.2f})", "", ""],
+        ["segments on disk, GB (as --dry-run said)", f"{size / 1e9:.2f} ({told['bytes'] / 1e9:.2f})", "", ""],
         ["bytes a document", f"{size / arguments.documents:.0f}", "", ""],
         ["loading the index, s", f"{loading:.1f}", "", ""],
         *[[f"one search, ms, median: {name}", f"{1e3 * own:.1f}", "", ""] for name, own in times.items()],
