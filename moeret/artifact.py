@@ -83,13 +83,18 @@ def read(root: Path, kind: str, known: Artifact | None = None) -> Artifact:
     Raises:
       ArtifactError: nothing is there, it is unfinished, of another kind or format, or a file is missing or altered.
     """
-    if not root.is_dir():
-        raise ArtifactError(f"no {kind} at {root}: there is no such directory")
-    artifact = _parse(root, root / MANIFEST, kind)
+    artifact = look(root, kind)
     for name, entry in artifact.files.items():
         if known is None or known.files.get(name) != entry:
             _check_file(artifact, name, entry)
     return artifact
+
+
+def look(root: Path, kind: str) -> Artifact:
+    """What the manifest at `root` says; no file is checked. Raises ArtifactError as `read` does."""
+    if not root.is_dir():
+        raise ArtifactError(f"no {kind} at {root}: there is no such directory")
+    return _parse(root, root / MANIFEST, kind)
 
 
 def inside(artifact: Artifact, prefix: str, kind: str) -> Artifact:

@@ -72,7 +72,7 @@ def update_index(
         bool(domains or corpora or any(wanted.values())),
         "there is nothing to change; give documents that are new or changed, or ids to delete",
     )
-    artifact.read(out, KIND)  # nothing is locked or made where there is no index
+    artifact.look(out, KIND)  # nothing is locked or made where there is no index
     with writing(out):
         published, config = _opened(out)
         folder = out / published.meta["model"]["folder"]
@@ -120,7 +120,7 @@ def compact_index(index: str | Path, *, show_progress_bar: bool = False) -> Arti
       ConfigError: an unfinished job for other things lies there.
     """
     out = Path(index)
-    artifact.read(out, KIND)
+    artifact.look(out, KIND)
     with writing(out):
         published, config = _opened(out)
         kept, groups = {}, {}
@@ -150,7 +150,7 @@ def rollback_index(index: str | Path, to: int | None = None) -> Artifact:
       ArtifactError, BusyError: the index is damaged, or another process is writing it.
     """
     out = Path(index)
-    artifact.read(out, KIND)
+    artifact.look(out, KIND)
     with writing(out):
         *earlier, _ = artifact.snapshots(out, KIND)
         numbers = [own.snapshot for own in earlier]
