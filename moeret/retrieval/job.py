@@ -96,10 +96,12 @@ class Job:
             raise ArtifactError(f"{task.folder(plan[gone[0]])} is not there though it was published; run the job again")
         return encoded
 
-    def link(self, experts: Mapping[str, Sequence["Group"]], part: str = "") -> dict[str, list[Artifact]]:
+    def link(
+        self, experts: Mapping[str, Sequence["Group"]], part: str = "", engine: Engine | None = None
+    ) -> dict[str, list[Artifact]]:
         """Joins each group of segments of each expert into one with a graph, unless it is already; groups side by side.
 
-        What is linked is found again under `part` of the job.
+        What is linked is found again under `part` of the job. Another `engine` than the job's may be asked to.
         """
         work = [
             (group.documents, partial(self._joined, f"{part}{name}-{number:06d}", name, group))
@@ -108,7 +110,7 @@ class Job:
         ]
         total = sum(count for count, _ in work)
         with progress_bar("Linking", total, shown=self._shown, unit="documents") as advance:
-            made = iter(self._engine.link(work, advance))
+            made = iter((engine or self._engine).link(work, advance))
         return {name: [next(made) for _ in groups] for name, groups in experts.items()}
 
     def _joined(self, place: str, expert: str, group: "Group", advance: Advance) -> Artifact:

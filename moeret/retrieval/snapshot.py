@@ -71,7 +71,6 @@ def publish_snapshot(
     has_limit = model.tower == "query" and BASE_EXPERT in kept
     meta = {
         **about,
-        "config": about["config"],
         "memories": memories,
         "documents": {"count": len(np.unique(np.concatenate(every))) if every else 0},
         "strange_limit": Evidence(model.experts, sketches).limit(model) if has_limit else None,

@@ -145,9 +145,11 @@ def compact_index(index: str | Path, *, show_progress_bar: bool = False) -> Arti
 def rollback_index(index: str | Path, to: int | None = None) -> Artifact:
     """Publishes an earlier snapshot again, the last one before the present unless `to` names another, as the next one.
 
+    Files that only the present one has may be damaged.
+
     Raises:
       ConfigError: there is no such snapshot.
-      ArtifactError, BusyError: the index is damaged, or another process is writing it.
+      ArtifactError, BusyError: that snapshot is damaged, or another process is writing the index.
     """
     out = Path(index)
     artifact.look(out, KIND)
@@ -260,7 +262,8 @@ def _joined_tiers(
     while crowded := {name: own for name, every in held.items() if (own := _crowded(every, config))}:
         number += 1
         groups = {name: [Group(*_summed([_part(one) for one in own]))] for name, own in crowded.items()}
-        for name, [segment] in job.link(groups, part=f"tier{number}-").items():
+        # Here, whatever the job's engine: these segments are open.
+        for name, [segment] in job.link(groups, part=f"tier{number}-", engine=Local()).items():
             rest = [own for own in held[name] if own not in crowded[name]]
             held[name] = [*rest, include_segment(draft, segment, config)]
     return held

@@ -143,7 +143,7 @@ def deny(patched, *denied: Path):
 
 def test_any_damage_to_any_file_is_refused_by_name_and_nothing_is_changed(tmp_path, monkeypatch, history, index):
     files, update = [*artifact.read(index, "index").files, "manifest.json"], change(tmp_path)
-    usual, loaded = hnswlib.Index.load_index, []
+    usual, loaded, earlier = hnswlib.Index.load_index, [], artifact.snapshots(index, "index")[-2]
     monkeypatch.setattr(hnswlib.Index, "load_index", lambda *rest, **more: loaded.append(rest) or usual(*rest, **more))
     for number, name in enumerate(files):
         path = index / name
@@ -153,7 +153,8 @@ def test_any_damage_to_any_file_is_refused_by_name_and_nothing_is_changed(tmp_pa
             before = on_disk(index)
             calls = [moeret.Retriever.load, verify_index]
             if last or (number + turn) % 5 == 0:
-                calls += [update, compact_index, rollback_index, history[1]]
+                calls += [update, compact_index, history[1]]
+                calls += [rollback_index] if last or name in earlier.files else []  # a way out of what is damaged since
             if last and kind == "gone":
                 calls.remove(history[1])  # that is how an index looks before it is finished
             with monkeypatch.context() as patched:

@@ -51,6 +51,10 @@ def test_the_index_is_the_same_byte_for_byte(tmp_path, model_folder, two_domains
     write_jsonl(tmp_path / "more.jsonl", rows)
     done = moeret.update_index(tmp_path / "i", corpora=[tmp_path / "more.jsonl"], delete={"": ["l3"]}, engine="ray")
     assert (done.added, done.deleted) == (9, 1)
+    for number in range(9):  # until segments are joined
+        write_jsonl(tmp_path / "more.jsonl", [{"_id": f"o{number}", "text": f"the volga {number}"}])
+        done = moeret.update_index(tmp_path / "i", corpora=[tmp_path / "more.jsonl"], engine="ray")
+    assert len(done.published.meta["experts"]["base"]["segments"]) < 9
     assert moeret.verify_index(tmp_path / "i")["problems"] == []
 
 
