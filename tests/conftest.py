@@ -237,12 +237,12 @@ def assert_ranked(hits):
 
 def place_by_router(monkeypatch, limit: float, **changes) -> None:
     """Makes every document (-1) or none (above 1) familiar to the document router."""
-    load = Model.load
+    load = Model.from_artifact
 
-    def altered(path):
-        model = load(path)
+    def altered(published):
+        model = load(published)
         familiarity = dataclasses.replace(model.document_router.familiarity, limit=limit)
         model.document_router = dataclasses.replace(model.document_router, familiarity=familiarity, **changes)
         return model
 
-    monkeypatch.setattr(Model, "load", altered)
+    monkeypatch.setattr(Model, "from_artifact", altered)

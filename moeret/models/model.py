@@ -84,7 +84,7 @@ class Model:
         folder = Path(model)
         unfinished = (folder / WORK).is_dir() and not (folder / "config.json").is_file()
         if artifact.exists(folder) or unfinished:
-            return artifact.load(folder, KIND, cls._from_artifact)
+            return artifact.load(folder, KIND, cls.from_artifact)
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ArtifactError(
                 f"{folder} is neither a moeret model (no manifest.json) nor a base encoder (no config.json)"
@@ -92,7 +92,12 @@ class Model:
         return cls(load_base(str(model), find_base(str(model))))
 
     @classmethod
-    def _from_artifact(cls, published: artifact.Artifact) -> "Model":
+    def from_artifact(cls, published: artifact.Artifact) -> "Model":
+        """Loads a trained model whose files are verified.
+
+        Raises:
+          ArtifactError: its base is not the one that its experts were trained on.
+        """
         meta = published.meta
         base = load_base(meta["base"]["name"], published.root / "base")
         if base.fingerprint != meta["base"]["fingerprint"]:

@@ -38,7 +38,7 @@ def cached_vectors(
     elsewhere = []
     for number, start in enumerate(range(0, len(texts), _CHUNK)):
         chunk = texts[start : start + _CHUNK]
-        name = f"{artifact.fingerprint([key, list(chunk)])}.vectors"
+        name = _file_name(key, chunk)
         vectors = next(
             (v for folder in folders if (v := _read_chunk(folder / name, len(chunk), width)) is not None), None
         )
@@ -68,12 +68,16 @@ def kept_vectors(texts: Sequence[str], width: int, folder: Path, key: str) -> Fl
     """What `cached_vectors` keeps of these texts in a folder, if they are whole chunks of its and none is missing."""
     parts = []
     for start in range(0, len(texts), _CHUNK):
-        chunk = list(texts[start : start + _CHUNK])
-        part = _read_chunk(folder / f"{artifact.fingerprint([key, chunk])}.vectors", len(chunk), width)
+        chunk = texts[start : start + _CHUNK]
+        part = _read_chunk(folder / _file_name(key, chunk), len(chunk), width)
         if part is None:
             return None
         parts.append(part)
     return np.concatenate(parts) if parts else None
+
+
+def _file_name(key: str, chunk: Sequence[str]) -> str:
+    return f"{artifact.fingerprint([key, list(chunk)])}.vectors"
 
 
 def _read_chunk(path: Path, rows: int, width: int) -> Float[np.ndarray, "N D"] | None:

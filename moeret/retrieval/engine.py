@@ -3,10 +3,10 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, get_args
 
 from moeret.artifact import Artifact
-from moeret.config import EngineName
+from moeret.config import EngineName, require
 from moeret.data.sources import Shard, read_shards
 from moeret.models.model import Model
 from moeret.progress import Advance
@@ -45,7 +45,12 @@ class Local:
 
 
 def engine_of(name: EngineName) -> Engine:
-    """The engine of this name."""
+    """The engine of this name.
+
+    Raises:
+      ConfigError: there is none, or Ray is not installed.
+    """
+    require(name in get_args(EngineName), f"the engine is {' or '.join(get_args(EngineName))}, not {name!r}")
     if name == "ray":
         from moeret.retrieval.ray_engine import OnRay
 

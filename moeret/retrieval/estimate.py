@@ -1,9 +1,10 @@
 """What an indexing job would cost, told from a sample that goes the whole way."""
 
+import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from jaxtyping import Float
 
 from moeret import artifact
 from moeret.config import IndexConfig, OnError, require
-from moeret.data.sources import Plan, Source, read_shards, scan
+from moeret.data.sources import Plan, Shard, read_shards, scan
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of
@@ -61,7 +62,7 @@ def estimate_index(
         }
 
 
-def _sample(plan: Plan) -> list[tuple[Source, list[Document]]]:
+def _sample(plan: Plan) -> list[tuple[Shard, list[Document]]]:
     """Documents from all over the plan."""
     chosen = [plan.shards[place] for place in np.unique(np.linspace(0, len(plan.shards) - 1, _SHARDS).astype(int))]
     out = []
@@ -72,7 +73,7 @@ def _sample(plan: Plan) -> list[tuple[Source, list[Document]]]:
 
 
 def _told(
-    model: Model, plan: Plan, sample: list[tuple[Any, list[Document]]], config: IndexConfig, scratch: Path
+    model: Model, plan: Plan, sample: list[tuple[Shard, list[Document]]], config: IndexConfig, scratch: Path
 ) -> dict[str, Any]:
     encoder = ShardEncoder(model, config)
 
@@ -122,8 +123,8 @@ def _seconds_each(vectors: Float[np.ndarray, "N D"], count: int, threads: int, c
         0.3 / vectors.shape[1] ** 0.5
     )
     own = (own / np.linalg.norm(own, axis=1, keepdims=True)).astype(np.float32)
-    build: Callable[[int], object] = lambda _: build_vector_index(own, config)  # noqa: E731
+    linked = dataclasses.replace(config, exact_below=0)
     started = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(build, range(threads)))
+        list(pool.map(build_vector_index, [own] * threads, [linked] * threads))
     return (time.perf_counter() - started) / count

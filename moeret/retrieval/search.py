@@ -19,10 +19,9 @@ from moeret.models.memory import Blend
 from moeret.models.model import Model, check_texts
 from moeret.retrieval import filters
 from moeret.retrieval.dispatch import LEAST_WEIGHT, Plan, make_plan, one_vector
-from moeret.retrieval.expert_index import Part
 from moeret.retrieval.filters import Where
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
-from moeret.retrieval.snapshot import KIND, Snapshot
+from moeret.retrieval.snapshot import KIND, Snapshot, model_of
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
 
@@ -71,8 +70,9 @@ class Retriever:
     @classmethod
     def _from_artifact(cls, published: Artifact, model: Model | None, precision: Precision | None) -> "Retriever":
         built_with = published.meta["model"]["fingerprint"]
-        model = model or Model.load(published.root / published.meta["model"]["folder"])
-        if model.published is None or model.published.fingerprint != built_with:
+        if model is None:
+            model = model_of(published)
+        elif model.published is None or model.published.fingerprint != built_with:
             raise ArtifactError(
                 f"{published.root} was built with another model ({built_with[:12]}); search it with its own, or build it anew"
             )
@@ -124,11 +124,6 @@ class Retriever:
     def sketches(self) -> dict[str, Float[np.ndarray, "C D"]]:
         """What stands for each index's documents."""
         return self._snapshot.sketches
-
-    @property
-    def parts(self) -> list[Part]:
-        """What is searched one after another: a part for each segment."""
-        return [part for index in self._snapshot.indexes.values() for part in index.parts]
 
     def held(self) -> list[tuple[str, Document]]:
         """Every row's expert and document."""

@@ -18,6 +18,8 @@ from moeret import artifact
 from moeret.artifact import Artifact, Draft
 from moeret.config import IndexConfig
 from moeret.data.lexical import Lexical, Statistics
+from moeret.errors import ArtifactError
+from moeret.models.model import KIND as MODEL
 from moeret.models.model import Model, read_memory
 from moeret.retrieval.evidence import Evidence
 from moeret.retrieval.expert_index import ExpertIndex, Part
@@ -48,6 +50,18 @@ class LiveSegment:
 
 Held = Mapping[str, Sequence[LiveSegment]]
 """Expert -> the segments of its index."""
+
+
+def model_of(published: Artifact) -> Model:
+    """The model that a verified index holds.
+
+    Raises:
+      ArtifactError: it is not the one that the index was built with.
+    """
+    inner = artifact.inside(published, published.meta["model"]["folder"], MODEL)
+    if inner.fingerprint != published.meta["model"]["fingerprint"]:
+        raise ArtifactError(f"{inner.root} is not the model that {published.root} was built with; build the index anew")
+    return Model.from_artifact(inner)
 
 
 def publish_snapshot(
@@ -155,7 +169,7 @@ class Snapshot:
         self._firsts = np.cumsum([0, *counts])[:-1]
         self.count = sum(counts)
         self._shares = {
-            id(own): (previous._shares.get(id(own)) if previous else None) or _statistics(own) for own in self.segments
+            own: (previous._shares.get(own) if previous else None) or _statistics(own) for own in self.segments
         }
         words = Statistics.total(own for own in self._shares.values() if own)
         self._parts = [_part(own, int(first), words) for own, first in zip(self.segments, self._firsts, strict=True)]

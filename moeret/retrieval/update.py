@@ -24,9 +24,9 @@ from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of, write_skipped
 from moeret.retrieval.engine import Local, engine_of
-from moeret.retrieval.job import Group, Job, in_groups, include_segment, remove_leftovers, remove_published
+from moeret.retrieval.job import Job, in_groups, include_segment, remove_leftovers, remove_published
 from moeret.retrieval.segment import identity
-from moeret.retrieval.snapshot import KIND, LiveSegment, publish_snapshot, read_segments
+from moeret.retrieval.snapshot import KIND, LiveSegment, model_of, publish_snapshot, read_segments
 
 _TIER = 8
 """Segments of one size, at most `_TIER` times apart, that an update leaves; more are joined."""
@@ -91,12 +91,12 @@ def update_index(
         edit = _Edit(read_segments(published))
         edit.delete(wanted)
         edit.read(plan)
-        counts = edit.counts()
+        counts = edit.counts
         if not edit.changed and not edit.dead:
             return Changes(**counts, published=published)
         job = Job(out, request, config, engine_of(engine), shown=show_progress_bar)
         write_skipped(out, plan)
-        loaded = Model.load(folder).in_precision(config.precision)
+        loaded = model_of(published).in_precision(config.precision)
         shards = [shard for shard in plan.shards if shard.number in edit.changed]
         encoded = job.encode(shards, loaded, folder, places=edit.changed)
         draft = Draft(out, KIND)
@@ -136,7 +136,7 @@ def compact_index(index: str | Path, *, show_progress_bar: bool = False) -> Arti
         job = Job(
             out, {"compact": [published.snapshot, published.fingerprint]}, config, Local(), shown=show_progress_bar
         )
-        loaded, draft = Model.load(out / published.meta["model"]["folder"]), Draft(out, KIND)
+        loaded, draft = model_of(published), Draft(out, KIND)
         for name, segments in job.link(groups).items():
             kept[name] += [include_segment(draft, own, config) for own in segments]
         return _publish(draft, published, loaded, kept, config, _about(published))
@@ -195,7 +195,8 @@ class _Edit:
         """Folder of a segment -> its rows that are deleted by this."""
         self.changed: dict[int, np.ndarray] = {}
         """Number of a shard -> the places of its documents that are new or other than before, if there are any."""
-        self._counts = dict.fromkeys(("added", "replaced", "deleted", "unchanged", "unknown"), 0)
+        self.counts = dict.fromkeys(("added", "replaced", "deleted", "unchanged", "unknown"), 0)
+        """Documents, by what became of them."""
         self._deleted: set[tuple[str, str]] = set()
 
     def _found(self, domain: str, ids: Collection[str]) -> dict[str, list[tuple[LiveSegment, int]]]:
@@ -220,8 +221,8 @@ class _Edit:
             for id, places in found.items():
                 self._kill(places)
                 self._deleted.add((domain, id))
-            self._counts["deleted"] += len(found)
-            self._counts["unknown"] += len(own) - len(found)
+            self.counts["deleted"] += len(found)
+            self.counts["unknown"] += len(own) - len(found)
 
     def read(self, plan: Plan) -> None:
         """Looks every document of a plan up."""
@@ -233,18 +234,14 @@ class _Edit:
                 before, gone = found.get(document.id, []), (domain, document.id) in self._deleted
                 same = identity(document)
                 if before and not gone and all(own.segment.identities[row] == same for own, row in before):
-                    self._counts["unchanged"] += 1
+                    self.counts["unchanged"] += 1
                     continue
                 self._kill(before)
                 changed.append(place)
-                self._counts["deleted"] -= gone
-                self._counts["replaced" if before else "added"] += 1
+                self.counts["deleted"] -= gone
+                self.counts["replaced" if before else "added"] += 1
             if changed:
                 self.changed[shard.number] = np.array(changed)
-
-    def counts(self) -> dict[str, int]:
-        """How many documents were added, replaced, deleted, unchanged, unknown."""
-        return self._counts
 
     def left(self) -> dict[str, list[LiveSegment]]:
         """The segments without what is deleted."""
@@ -261,7 +258,9 @@ def _joined_tiers(
     held, number = {name: [own for own in every if own.live.any()] for name, every in held.items()}, 0
     while crowded := {name: own for name, every in held.items() if (own := _crowded(every, config))}:
         number += 1
-        groups = {name: [Group(*_summed([_part(one) for one in own]))] for name, own in crowded.items()}
+        groups = {
+            name: in_groups([_part(one) for one in own], config.segment_documents) for name, own in crowded.items()
+        }
         # Here, whatever the job's engine: these segments are open.
         for name, [segment] in job.link(groups, part=f"tier{number}-", engine=Local()).items():
             rest = [own for own in held[name] if own not in crowded[name]]
@@ -281,10 +280,6 @@ def _crowded(segments: Sequence[LiveSegment], config: IndexConfig) -> list[LiveS
 
 def _part(own: LiveSegment) -> tuple[int, Any]:
     return int(own.live.sum()), lambda: (own.segment, own.live)
-
-
-def _summed(parts: Sequence[tuple[int, Any]]) -> tuple[int, list[Any]]:
-    return sum(count for count, _ in parts), [part for _, part in parts]
 
 
 def _publish(

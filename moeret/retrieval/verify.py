@@ -7,11 +7,10 @@ import numpy as np
 from jaxtyping import Float
 
 from moeret import artifact
-from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model, read_profile
 from moeret.retrieval.hnsw import exact_search
 from moeret.retrieval.segment import identity
-from moeret.retrieval.snapshot import KIND, LiveSegment, Snapshot
+from moeret.retrieval.snapshot import KIND, LiveSegment, Snapshot, model_of
 from moeret.types import Document
 
 _QUERIES = 200
@@ -31,12 +30,9 @@ def verify_index(index: str | Path) -> dict[str, Any]:
     """
     root = Path(index)
     published = artifact.read(root, KIND)
-    inner = artifact.inside(published, published.meta["model"]["folder"], MODEL_KIND)
-    model = Model.load(inner.root)
+    model = model_of(published)
     snapshot = Snapshot(published, model.experts)
-    problems = [] if inner.fingerprint == published.meta["model"]["fingerprint"] else [f"{inner.root} is another model"]
-    queries = _queries(model)
-    experts = {}
+    problems, queries, experts = [], _queries(model), {}
     for name, entry in published.meta["experts"].items():
         mine = [own for own in snapshot.segments if own.folder in {one["folder"] for one in entry["segments"]}]
         for own, said in zip(mine, entry["segments"], strict=True):

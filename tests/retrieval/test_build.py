@@ -492,6 +492,11 @@ def test_documents_may_be_embedded_in_bfloat16(model_folder, two_domains, index_
         own.close()
 
 
+def test_an_unknown_engine_is_refused(model_folder, two_domains, tmp_path):
+    with pytest.raises(moeret.ConfigError, match="local or ray, not 'Ray'"):
+        build_index(model_folder, tmp_path / "index", two_domains, engine="Ray")
+
+
 def test_there_are_two_precisions(model_folder, index_folder):
     for attempt in (
         lambda: IndexConfig(precision="float16"),

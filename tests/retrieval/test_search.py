@@ -301,6 +301,14 @@ def test_its_own_model_may_be_shared(index_folder, model_folder, retriever):
         loaded.close()
 
 
+def test_no_file_is_checked_twice_to_load_an_index(index_folder, monkeypatch):
+    checked, digest = [], artifact.sha256_of
+    monkeypatch.setattr(artifact, "sha256_of", lambda path: checked.append(path) or digest(path))
+    Retriever.load(index_folder).close()
+    own = [path for path in checked if "base" not in path.parts]  # the base is also known by its fingerprint
+    assert own and len(own) == len(set(own)) and max(map(checked.count, checked)) == 2
+
+
 def test_every_file_of_an_index_that_is_damaged_is_refused_by_name(tmp_path, index_folder):
     root = tmp_path / "index"
     shutil.copytree(index_folder, root)
