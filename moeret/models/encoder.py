@@ -5,17 +5,56 @@ change, and `branch` from there to the pooled embedding, with deltas, or each te
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+_ERF_END, _ERF_DEGREE = 5.2, 16
+"""Where erf(x / sqrt 2) is 1 in float32, and the least degree that is as exact below as XLA's erf."""
+
+
+@functools.cache
+def _erf_coefficients() -> tuple[np.float32, ...]:
+    """Of erf(x / sqrt 2) / x in powers of u = 2 (x / end)^2 - 1, interpolated at Chebyshev's points."""
+    u = np.polynomial.chebyshev.chebpts1(4 * _ERF_DEGREE)
+    x = _ERF_END * np.sqrt((u + 1) / 2)
+    exact = np.array([math.erf(own / math.sqrt(2)) / own for own in x])
+    fitted = np.polynomial.chebyshev.chebfit(u, exact, _ERF_DEGREE)
+    return tuple(np.polynomial.chebyshev.cheb2poly(fitted).astype(np.float32))
+
+
+def _normal_cdf(x: Array) -> Array:
+    """The chance that a standard normal is below x, by products and sums alone, which costs a CPU a third of an erf."""
+    z = jnp.clip(x, -_ERF_END, _ERF_END)
+    u, value = z * z * np.float32(2 / _ERF_END**2) - 1, np.float32(0)
+    for coefficient in reversed(_erf_coefficients()):
+        value = value * u + coefficient
+    return 0.5 + 0.5 * z * value
+
+
+@jax.custom_jvp
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """X times the chance that a standard normal is below x (arXiv 1606.08415), off by 1e-6 and 2e-7 of x at most."""
+    return x * _normal_cdf(x)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    ((x,), (dx,)) = primals, tangents
+    chance = _normal_cdf(x)
+    density = jnp.exp(-0.5 * x * x) * np.float32(1 / math.sqrt(2 * math.pi))
+    return x * chance, dx * (chance + x * density)
+
+
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,

@@ -1,6 +1,7 @@
 """The transformer: padding, gradients, and its faster formulas against the plain ones."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from moeret.models.encoder import (
     _low_rank,
     _merged,
     _merging_pays,
+    gelu,
     unit,
 )
 from moeret.models.experts import Mixture
@@ -29,6 +31,14 @@ CONFIG = EncoderConfig(
     activation="gelu", pooling="mean", normalize=False,
 )  # fmt: skip
 LENGTHS = (12, 1, 7)
+
+
+def test_gelu_and_its_gradient_are_those_of_the_error_function():
+    x = np.concatenate([np.linspace(-8, 8, 20_001), [-1e4, -40, -0.0, 0.0, 40, 1e4]]).astype(np.float32)
+    chance = np.array([0.5 * (1 + math.erf(own / math.sqrt(2))) for own in x.astype(float)])
+    slope = chance + x * np.exp(-(x.astype(float) ** 2) / 2) / math.sqrt(2 * math.pi)
+    assert (np.abs(jax.jit(gelu)(x) - x * chance) <= 1e-6 + 2e-7 * np.abs(x)).all()
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), slope, atol=1e-6)
 
 
 def make_encoder(config: EncoderConfig) -> Encoder:
