@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -23,8 +23,8 @@ from moeret.errors import ArtifactError
 T = TypeVar("T")
 MANIFEST = "manifest.json"
 _SNAPSHOTS = "snapshots"
-_FORMATS = {"model": "moeret-8"}
-"""Of the kinds that are still as they were when others changed."""
+_FORMATS = {"model": "moeret-8", "index": "moeret-10"}
+"""Of the kinds that changed at other times than the rest."""
 _DIGESTED = re.compile(r"-([0-9a-f]{12})(\.[a-z0-9]+)?$")
 _TEMPORARY = ".unfinished"
 _KEYS = {"format", "kind", "snapshot", "fingerprint", "meta", "files"}
@@ -84,9 +84,7 @@ def read(root: Path, kind: str, known: Artifact | None = None) -> Artifact:
       ArtifactError: nothing is there, it is unfinished, of another kind or format, or a file is missing or altered.
     """
     artifact = look(root, kind)
-    for name, entry in artifact.files.items():
-        if known is None or known.files.get(name) != entry:
-            _check_file(artifact, name, entry)
+    check(artifact, (name for name, own in artifact.files.items() if known is None or known.files.get(name) != own))
     return artifact
 
 
@@ -201,10 +199,10 @@ def _manifest_bytes(root: Path) -> bytes | None:
         return None
 
 
-def check(artifact: Artifact) -> None:
-    """Checks every file of a version whose manifest was read. Raises ArtifactError as `read` does."""
-    for name, entry in artifact.files.items():
-        _check_file(artifact, name, entry)
+def check(artifact: Artifact, names: Iterable[str] | None = None) -> None:
+    """Checks these files, or all, of a version whose manifest was read. Raises ArtifactError as `read` does."""
+    for name in artifact.files if names is None else names:
+        _check_file(artifact, name, artifact.files[name])
 
 
 def _check_file(artifact: Artifact, name: str, entry: FileEntry) -> None:

@@ -182,11 +182,11 @@ def _resident() -> int:
 def _graph_seconds(retriever: moeret.Retriever, texts: list[str]) -> float:
     """What a query takes in one segment's graph, median."""
     vectors = retriever.model.encode_query(texts[:SEARCHES], expert="base")
-    [index, *_] = retriever.rank(texts[:1]).snapshot.indexes.values()
+    [holder, *_] = retriever.rank(texts[:1]).snapshot.holders.values()
     taken = []
     for vector in vectors:
         started = time.perf_counter()
-        index.parts[0].vectors.search(vector[None], 100)
+        holder.segments[0].segment.vectors.search(vector[None], 100)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
 

@@ -1,13 +1,15 @@
 """Kill -9 at random moments: commands must complete when run again, with the result of an undisturbed run.
 
-Command:  python -m scripts.check_kills [--kills 10] [--commands train index update compact]
+Command:  python -m scripts.check_kills [--kills 10] [--commands train index update compact ray]
 Time:     about 30 minutes on 2 cores, most of it train.
 Expected: after each kill an index holds and finds what it did before or what it is to, and nothing between; every rerun
           completes, and then documents, hits with their scores and fingerprint are those of the undisturbed run, ids are
-          unique, verification finds nothing and nothing is left of the job. Writes its section into BENCHMARKS.md. The
-          corpora are the quickstart's.
+          unique, verification finds nothing and nothing is left of the job. `ray` is the indexing job on Ray, of which a worker
+          is killed and the command itself must complete; needs the extra. Writes its section into BENCHMARKS.md. The corpora
+          are the quickstart's.
 """
 
+import contextlib
 import json
 import random
 import shutil
@@ -30,7 +32,7 @@ from moeret.data.docstrings import write_domains
 from moeret.retrieval.job import FOLDER
 from scripts.benchmarks import markdown_table, write_section
 
-Name = Literal["train", "index", "update", "compact"]
+Name = Literal["train", "index", "update", "compact", "ray"]
 COLUMNS = {
     "killed": "killed",
     "early": "ended before its kill",
@@ -61,10 +63,14 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """A command that makes `--out` or changes it in place; `prepared` is what it changes, if anything."""
+    """A command that makes `--out` or changes it in place; `prepared` is what it changes, if anything.
+
+    With `on_ray` one of its workers is killed, and it must end by itself.
+    """
 
     words: list[str]
     prepared: Path | None = None
+    on_ray: bool = False
 
     def run(self, out: Path, after: float | None = None, *, job: bool = False) -> tuple[int | None, float]:
         """Its exit code, None if it was killed so many seconds after its start, and how many seconds after that it ended.
@@ -81,8 +87,10 @@ class Victim:
         try:
             _, complaint = process.communicate(timeout=after)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            killed = _kill_worker(process) if self.on_ray else process.kill()
             _, complaint = process.communicate()
+            if killed and not process.returncode:
+                return None, time.monotonic() - started
         seconds = time.monotonic() - started
         if process.returncode == -signal.SIGKILL:
             return None, seconds
@@ -95,6 +103,20 @@ class Victim:
         shutil.rmtree(out, ignore_errors=True)
         if self.prepared:
             shutil.copytree(self.prepared, out)
+
+
+def _kill_worker(driver: subprocess.Popen[str]) -> bool:
+    """Kills a process that encodes or links for a driver, as soon as there is one; whether there was before the driver ended."""
+    import psutil
+
+    while driver.poll() is None:
+        for own in psutil.Process(driver.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(word in " ".join(own.cmdline()) for word in ("_Actor", "_linked")):
+                    own.kill()
+                    return True
+        time.sleep(0.01)
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +154,8 @@ def main() -> None:
             seconds, counts = test(victims[name], folder, arguments.kills, moments, queries)
             print(name, dict(counts), flush=True)
             rows.append([name, f"{seconds:.0f} s", *(str(counts[key]) for key in COLUMNS)])
-            ends.append(counts["old"] + counts["new"] == counts["completed"] == counts["same"] == arguments.kills)
+            whole = [counts["completed"], counts["same"], counts["old"] + counts["new"]]
+            ends.append(whole == [arguments.kills] * 3)
     body = [
         f"Half of the moments are uniform over a command's time but for the first {START_UP:.0%}, in which it imports; the others "
         "over the time after its job has begun (of train all are of the first kind). *Old* is what there was before: nothing, "
@@ -169,6 +192,7 @@ def prepare(folder: Path) -> tuple[dict[Name, Victim], list[str]]:
         "index": index,
         "update": Victim([*update, *changes[0], "--out"], built),
         "compact": Victim(["compact"], crowded),
+        "ray": Victim(["index", str(model), *given, *CUT, "--engine", "ray", "--out"], on_ray=True),
     }
     return victims, every[:: len(every) // QUERIES][:QUERIES]
 
@@ -212,7 +236,7 @@ def test(
             longest[job] = min(longest[job], ended)
             continue
         left = State.of(out, queries)
-        completed = victim.run(out)[0] == 0
+        completed = victim.on_ray or victim.run(out)[0] == 0
         same = completed and State.of(out, queries) == new and clean(out)
         counts.update(killed=1, old=+(left == old), new=+(left == new), completed=+completed, same=+same)
     return seconds, counts

@@ -25,6 +25,14 @@ def stems(texts: Sequence[str]) -> list[list[str]]:
     return bm25s.tokenize(list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
 
 
+def _joined(terms: Sequence[str]) -> np.ndarray:
+    return np.frombuffer("\n".join(terms).encode(), np.uint8)
+
+
+def _split(terms: np.ndarray) -> list[str]:
+    return terms.tobytes().decode().split()
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
     """How often which word stands in which document of an ordered list.
@@ -93,14 +101,14 @@ class Counts:
     @property
     def tensors(self) -> dict[str, np.ndarray]:
         """All of it, for a file."""
-        terms = np.frombuffer("\n".join(self.terms).encode(), np.uint8)
+        terms = _joined(self.terms)
         arrays = {name: getattr(self, name) for name in ("indptr", "indices", "counts", "lengths")}
         return {"terms": terms, **arrays}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> "Counts":
         """What the `tensors` of another say."""
-        terms = tuple(tensors["terms"].tobytes().decode().split())
+        terms = tuple(_split(tensors["terms"]))
         return cls(terms, *(tensors[name] for name in ("indptr", "indices", "counts", "lengths")))
 
 
@@ -134,6 +142,22 @@ class Statistics:
             for term, count in own.holding.items():
                 holding[term] = holding.get(term, 0) + count
         return cls(documents, words, holding)
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All of it, for a file."""
+        held = sorted(self.holding.items())
+        return {
+            "counts": np.array([self.documents, self.words], np.int64),
+            "terms": _joined([term for term, _ in held]),
+            "holding": np.array([count for _, count in held], np.int64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, np.ndarray]) -> "Statistics":
+        """What the `tensors` of another say."""
+        holding = dict(zip(_split(tensors["terms"]), tensors["holding"].tolist(), strict=True))
+        return cls(*tensors["counts"].tolist(), holding)
 
     def rarity(self, terms: Sequence[str]) -> Float[np.ndarray, "V"]:
         """Each term's inverse document frequency."""

@@ -12,7 +12,6 @@ from moeret.models.memory import Blend
 from moeret.models.model import Model
 from moeret.models.router import Choice, Router
 from moeret.retrieval.filters import Where
-from moeret.retrieval.hnsw import Allowed
 from moeret.retrieval.snapshot import Snapshot
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Route
 
@@ -25,11 +24,11 @@ class Plan:
     """Each query's weight of each index (0: not searched), and the vectors that given queries search an index with.
 
     `shares` are the weights of each query's experts, or of the base or the shared delta: so much of each one's blend counts.
-    `allowed` are the rows that may be found, as the snapshot has them.
+    Only documents that fulfil `where` may be found.
     """
 
     snapshot: Snapshot
-    allowed: dict[str, list[Allowed | None]]
+    where: Where | None
     weights: Float[np.ndarray, "Q I"]
     vectors: Callable[[str, np.ndarray], Float[np.ndarray, "_ D"]]
     shares: list[dict[str, float]]
@@ -68,7 +67,7 @@ def make_plan(
 ) -> Plan:
     """Decides for every query which indexes it searches, how much each weighs, and with which vector."""
     count, names = len(texts), snapshot.names
-    everywhere, plan = np.ones((count, len(names)), np.float32), partial(Plan, snapshot, snapshot.allowed(where))
+    everywhere, plan = np.ones((count, len(names)), np.float32), partial(Plan, snapshot, where)
     if route not in ("auto", "all"):
         here = [route in (BASE_EXPERT, SHARED_EXPERT, name) for name in names]
         vectors = model.embedder.mixed(texts, *model.mixture(route, count))

@@ -1,6 +1,6 @@
 """One ranked list out of the lists of several indexes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,20 +15,20 @@ RRF_K = 60
 class Ranking:
     """What one index found for one query, best first, and how its expert's scores turn into a chance of relevance.
 
-    `weight` is the expert's probability for the query; `slope` and `intercept` its logistic calibration.
+    Rows of equal `identities` hold one document. `weight` is the expert's probability for the query; `slope` and `intercept` its
+    logistic calibration.
     """
 
     rows: Int[np.ndarray, "K"]
     scores: Float[np.ndarray, "K"]
+    identities: Shaped[np.ndarray, "K"]
     weight: float = 1.0
     slope: float = 1.0
     intercept: float = 0.0
 
 
-def fuse(
-    rankings: Sequence[Ranking], fusion: Fusion, k: int, same: Callable[[Int[np.ndarray, "_"]], Shaped[np.ndarray, "_"]]
-) -> tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K"]]:
-    """The k best (rows, scores) of all rankings, best first; equal scores by row; of rows of which the `same` is told, the best.
+def fuse(rankings: Sequence[Ranking], fusion: Fusion, k: int) -> tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K"]]:
+    """The k best (rows, scores) of all rankings, best first; equal scores by row; of rows that hold one document, the best.
 
     score: as they are, for rankings by one query vector in one document space. rrf: the sum of weight / (60 + rank)
     (Reciprocal Rank Fusion, SIGIR 2009). calibrated: weight times the logistic of slope * score + intercept, the
@@ -37,7 +37,8 @@ def fuse(
     rows = np.concatenate([ranking.rows for ranking in rankings])
     scores = np.concatenate([_scores(ranking, fusion) for ranking in rankings])
     order = np.lexsort((rows, -scores))
-    _, first = np.unique(same(rows[order]), return_index=True)
+    identities = np.concatenate([ranking.identities for ranking in rankings])
+    _, first = np.unique(identities[order], return_index=True)
     order = order[np.sort(first)][:k]
     return rows[order], scores[order]
 

@@ -26,9 +26,9 @@ from moeret.progress import Advance, progress_bar
 from moeret.retrieval import shards
 from moeret.retrieval.engine import Engine
 from moeret.retrieval.segment import KIND as SEGMENT
-from moeret.retrieval.segment import Segment, joined, open_segment, write_segment
+from moeret.retrieval.segment import LiveSegment, Segment, joined, open_segment, write_segment
 from moeret.retrieval.shards import ShardTask, segment_in
-from moeret.retrieval.snapshot import KIND, LiveSegment
+from moeret.retrieval.snapshot import KIND
 
 Kept = tuple[Segment, Bool[np.ndarray, "N"]]
 """A segment, and which of its documents are to be kept."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +22,7 @@ from moeret.retrieval import filters
 from moeret.retrieval.dispatch import LEAST_WEIGHT, Plan, make_plan, one_vector
 from moeret.retrieval.filters import Where
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
-from moeret.retrieval.snapshot import KIND, Snapshot, model_of
+from moeret.retrieval.snapshot import Here, Places, Snapshot, model_of
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
 
@@ -46,8 +47,9 @@ class Retriever:
     each snapshot's own) serve every search; set them before the first.
     """
 
-    def __init__(self, published: Artifact, model: Model):
-        self.model, self._snapshot = model, Snapshot(published, model.experts)
+    def __init__(self, published: Artifact, model: Model, places: Places):
+        """A retriever of an index that `places` has read; `load` makes one."""
+        self.model, self._places, self._snapshot = model, places, places.open(published, model.experts)
         self.blends: dict[str, Blend] = dict(model.blends)
         self.strange_limit: float | None = published.meta["strange_limit"]
         self._calibration = {entry["name"]: entry["calibration"] for entry in model.published.meta["experts"]}
@@ -65,18 +67,26 @@ class Retriever:
           ArtifactError: the index or its model is damaged, unfinished, or `model` is another one.
           ConfigError: there is no such precision.
         """
-        return artifact.load(Path(index), KIND, lambda published: cls._from_artifact(published, model, precision))
+        return cls.of(Here(), index, model=model, precision=precision)
 
     @classmethod
-    def _from_artifact(cls, published: Artifact, model: Model | None, precision: Precision | None) -> "Retriever":
-        built_with = published.meta["model"]["fingerprint"]
-        if model is None:
-            model = model_of(published)
-        elif model.published is None or model.published.fingerprint != built_with:
-            raise ArtifactError(
-                f"{published.root} was built with another model ({built_with[:12]}); search it with its own, or build it anew"
-            )
-        return cls(published, model if precision is None else model.in_precision(precision))
+    def of(
+        cls, places: Places, index: str | Path, *, model: Model | None = None, precision: Precision | None = None
+    ) -> "Retriever":
+        """As `load`, with the experts' indexes wherever `places` has them."""
+
+        def make(root: Path) -> "Retriever":
+            published, own = places.read(root), model
+            built_with = published.meta["model"]["fingerprint"]
+            if own is None:
+                own = model_of(published)
+            elif own.published is None or own.published.fingerprint != built_with:
+                raise ArtifactError(
+                    f"{root} was built with another model ({built_with[:12]}); search it with its own, or build it anew"
+                )
+            return cls(published, own if precision is None else own.in_precision(precision), places)
+
+        return artifact.retry(Path(index), make)
 
     def reload(self) -> bool:
         """Moves on to the snapshot that is published now; whether it is another one. Searches that have begun finish on theirs.
@@ -89,14 +99,14 @@ class Retriever:
         before = self._snapshot
 
         def move(root: Path) -> Snapshot | None:
-            published = artifact.read(root, KIND, known=before.published)
+            published = self._places.read(root, before.published)
             if published.meta["model"]["fingerprint"] != before.published.meta["model"]["fingerprint"]:
                 raise ArtifactError(f"{root} was built anew with another model; load it with Retriever.load")
             same = (published.snapshot, published.fingerprint) == (
                 before.published.snapshot,
                 before.published.fingerprint,
             )
-            return None if same else Snapshot(published, self.model.experts, before)
+            return None if same else self._places.open(published, self.model.experts, before)
 
         after = artifact.retry(before.published.root, move)
         if after is None:
@@ -239,7 +249,7 @@ class Retriever:
         asked = np.flatnonzero([BASE_EXPERT in names for names in found.indexes])
         words_alone = {name: Blend(own.lexical) for name, own in self.blends.items()}
         best = self._search(plan.of(asked), [words[row] for row in asked], 1, "score", words_alone)
-        rows = asked[np.array([plan.snapshot.holders(hits) == [BASE_EXPERT] for hits, _ in best.ranked], bool)]
+        rows = asked[np.array([plan.snapshot.experts_of(hits) == [BASE_EXPERT] for hits, _ in best.ranked], bool)]
         if len(rows):
             nothing = np.zeros((len(rows), 1), np.int32)
             vectors = self.model.embedder.mixed([texts[row] for row in rows], nothing, nothing.astype(np.float32))
@@ -256,18 +266,20 @@ class Retriever:
     ) -> Rankings:
         """What queries, of which these are the stems, find by a plan."""
         rankings: list[list[Ranking]] = [[] for _ in words]
-        snapshot = plan.snapshot
-        for number, (name, index) in enumerate(snapshot.indexes.items()):
+        snapshot, asked, calls = plan.snapshot, [], []
+        for number, name in enumerate(snapshot.names):
             rows = np.flatnonzero(plan.weights[:, number] > 0)
             if len(rows):
-                slope, intercept = self._calibration[name] or (1.0, 0.0)
                 wanted = [plan.blend(row, name, blends) for row in rows]
-                own = plan.vectors(name, rows), [words[row] for row in rows], wanted, k, plan.allowed[name]
-                found = index.search(*own)
-                for row, (hits, scores) in zip(rows, found, strict=True):
-                    weight = float(plan.weights[row, number])
-                    rankings[row].append(Ranking(hits, scores, weight, slope, intercept))
-        fused = [fuse(own, fusion, k, snapshot.identities) for own in rankings]
+                own = plan.vectors(name, rows), [words[row] for row in rows], wanted, k, plan.where
+                asked.append((number, name, rows))
+                calls.append(partial(snapshot.holders[name].search, *own))
+        for (number, name, rows), found in zip(asked, snapshot.ask(calls), strict=True):
+            start, (slope, intercept) = snapshot.start(name), self._calibration[name] or (1.0, 0.0)
+            for row, (hits, scores, identities) in zip(rows, found, strict=True):
+                weight = float(plan.weights[row, number])
+                rankings[row].append(Ranking(start + hits, scores, identities, weight, slope, intercept))
+        fused = [fuse(own, fusion, k) for own in rankings]
         searched = [tuple(snapshot.names[number] for number in np.flatnonzero(own > 0)) for own in plan.weights]
         return Rankings(snapshot, fused, searched, plan.routes)
 
@@ -275,11 +287,10 @@ class Retriever:
         """What `rank` found, with its documents."""
         snapshot, every = found.snapshot, [rows for rows, _ in found.ranked]
         rows = np.concatenate(every) if every else np.empty(0, np.int64)
-        documents, experts, loose = snapshot.fetch(rows), snapshot.holders(rows), snapshot.loose(rows)
-        about = {
-            int(row): (documents[int(row)], expert, "" if alone else expert)
-            for row, expert, alone in zip(rows, experts, loose, strict=True)
-        }
+        documents, about = snapshot.fetch(rows), {}
+        for row, expert in zip(rows.tolist(), snapshot.experts_of(rows), strict=True):
+            document, loose = documents[row]
+            about[row] = document, expert, "" if loose else expert
         return [
             [
                 _hit(rank, float(score), *about[int(row)])

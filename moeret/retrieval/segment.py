@@ -85,6 +85,21 @@ class Segment:
             yield from self.store.fetch(rows[start : start + _FETCHED_AT_ONCE]).values()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveSegment:
+    """A segment in an index: its folder there, and which of its rows are not deleted."""
+
+    folder: str
+    segment: Segment
+    live: Bool[np.ndarray, "N"]
+
+    def without(self, rows: Iterable[int]) -> "LiveSegment":
+        """The same with more rows deleted."""
+        live = self.live.copy()
+        live[list(rows)] = False
+        return LiveSegment(self.folder, self.segment, live)
+
+
 def identity(document: Document) -> int:
     """64 bits by which documents with equal id, title, text and metadata are told to be one."""
     own = json.dumps([document.id, document.title, document.text, document.metadata], ensure_ascii=False)

@@ -1,52 +1,34 @@
 """Snapshots: what an index holds at one moment, written once and loaded whole.
 
-An index is a list of segments for each expert, and of the rows of each that are deleted since (*tombstones*). Rows that live are
-numbered through, expert by expert and segment by segment; nothing outside knows of others.
+An index is a list of segments for each expert, and of the rows of each that are deleted since (*tombstones*); beside them lie the
+sketches and the words of all, so that neither routing nor one expert's index has to read the others' segments.
 """
 
-import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt64
+from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
 from moeret import artifact
 from moeret.artifact import Artifact, Draft
 from moeret.config import IndexConfig
-from moeret.data.lexical import Lexical, Statistics
+from moeret.data.lexical import Statistics
 from moeret.errors import ArtifactError
 from moeret.models.model import KIND as MODEL
 from moeret.models.model import Model, read_memory
 from moeret.retrieval.evidence import Evidence
-from moeret.retrieval.expert_index import ExpertIndex, Part
-from moeret.retrieval.filters import Where
-from moeret.retrieval.hnsw import Allowed, build_vector_index, read_vector_index, write_vector_index
+from moeret.retrieval.hnsw import build_vector_index, read_vector_index, write_vector_index
+from moeret.retrieval.holder import Holder, LocalHolder
 from moeret.retrieval.segment import KIND as SEGMENT
-from moeret.retrieval.segment import Segment, open_segment
+from moeret.retrieval.segment import LiveSegment, open_segment
 from moeret.types import BASE_EXPERT, Document
 
 KIND = "index"
-_FILTERS_KEPT = 16
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LiveSegment:
-    """A segment in an index: its folder there, and which of its rows are not deleted."""
-
-    folder: str
-    segment: Segment
-    live: Bool[np.ndarray, "N"]
-
-    def without(self, rows: Iterable[int]) -> "LiveSegment":
-        """The same with more rows deleted."""
-        live = self.live.copy()
-        live[list(rows)] = False
-        return LiveSegment(self.folder, self.segment, live)
-
+T = TypeVar("T")
 
 Held = Mapping[str, Sequence[LiveSegment]]
 """Expert -> the segments of its index."""
@@ -75,22 +57,36 @@ def publish_snapshot(
         name: [own for own in held[name] if own.live.any()] for name in (BASE_EXPERT, *model.experts) if name in held
     }
     kept = {name: own for name, own in kept.items() if own}
-    every = [own.segment.identities[own.live] for segments in kept.values() for own in segments]
+    every = [own for segments in kept.values() for own in segments]
+    identities = [own.segment.identities[own.live] for own in every]
     memories = (about.get("memories") or {}) | {
         name: _write_memory(draft, model, name, config)
         for name in kept
         if name != BASE_EXPERT and model.tower == "query" and name not in (about.get("memories") or {})
     }
-    sketches = {name: _sketch(own) for name, own in kept.items()}
+    sketches, words = sketches_of(kept), words_of(kept)
     has_limit = model.tower == "query" and BASE_EXPERT in kept
     meta = {
         **about,
         "memories": memories,
-        "documents": {"count": len(np.unique(np.concatenate(every))) if every else 0},
+        "documents": {"count": len(np.unique(np.concatenate(identities))) if identities else 0},
         "strange_limit": Evidence(model.experts, sketches).limit(model) if has_limit else None,
+        "sketches": draft.add("sketches.safetensors", lambda path: save_file(sketches, path)),
+        "words": draft.add("words.safetensors", lambda path: save_file(words.tensors, path)),
         "experts": {name: _entry(draft, own) for name, own in kept.items()},
     }
     return draft.publish(meta, keep=config.snapshots, forget=forget)
+
+
+def sketches_of(held: Held) -> dict[str, Float[np.ndarray, "C D"]]:
+    """What stands for each expert's documents."""
+    return {name: np.concatenate([own.segment.sketch for own in segments]) for name, segments in held.items()}
+
+
+def words_of(held: Held) -> Statistics:
+    """What BM25 must know of all documents."""
+    every = [own for segments in held.values() for own in segments]
+    return Statistics.of((own.segment.counts, own.live) for own in every if own.segment.counts)
 
 
 def _write_memory(draft: Draft, model: Model, name: str, config: IndexConfig) -> dict[str, Any] | None:
@@ -99,10 +95,6 @@ def _write_memory(draft: Draft, model: Model, name: str, config: IndexConfig) ->
     if memory is None or not len(memory.queries):
         return None
     return write_vector_index(draft, f"memories/{name}", build_vector_index(memory.queries.astype(np.float32), config))
-
-
-def _sketch(segments: Sequence[LiveSegment]) -> Float[np.ndarray, "C D"]:
-    return np.concatenate([own.segment.sketch for own in segments])
 
 
 def _entry(draft: Draft, segments: Sequence[LiveSegment]) -> dict[str, Any]:
@@ -126,143 +118,148 @@ def _write_tombstones(draft: Draft, own: LiveSegment) -> str:
     return draft.add(f"tombstones/{own.folder.rpartition('/')[2]}.safetensors", lambda path: save_file(rows, path))
 
 
-def read_segments(published: Artifact, known: Mapping[str, LiveSegment] | None = None) -> dict[str, list[LiveSegment]]:
-    """The segments of an index whose files are verified; those that are `known` by their folders are not opened again.
+def files_of(published: Artifact, expert: str) -> list[str]:
+    """The files that hold an expert's index: its segments, its memory, and the words of all documents."""
+    entry, memory = published.meta["experts"][expert], published.meta["memories"].get(expert) or {}
+    names = [published.meta["words"], *(memory[key] for key in ("table", "graph") if key in memory)]
+    for own in entry["segments"]:
+        names += [name for name in published.files if name.startswith(f"{own['folder']}/")]
+        names += [own["tombstones"]] if own["tombstones"] else []
+    return names
+
+
+def read_segments(
+    published: Artifact, expert: str, known: Mapping[str, LiveSegment] | None = None
+) -> list[LiveSegment]:
+    """The segments of an expert whose files are verified; those that are `known` by their folders are not opened again.
 
     Raises:
       ArtifactError: something in it is not what the manifest describes.
     """
-    config, known, held = IndexConfig(**published.meta["config"]), known or {}, {}
-    for name, entry in published.meta["experts"].items():
-        held[name] = []
-        for own in entry["segments"]:
-            folder = own["folder"]
-            before = known.get(folder)
-            segment = before.segment if before else open_segment(artifact.inside(published, folder, SEGMENT), config)
-            live = np.ones(len(segment), bool)
-            if own["tombstones"]:
-                live[load_file(published.path(own["tombstones"]))["rows"]] = False
-            same = before is not None and np.array_equal(before.live, live)
-            held[name].append(before if same else LiveSegment(folder, segment, live))
+    config, held = IndexConfig(**published.meta["config"]), []
+    for own in published.meta["experts"][expert]["segments"]:
+        folder = own["folder"]
+        before = known.get(folder) if known else None
+        segment = before.segment if before else open_segment(artifact.inside(published, folder, SEGMENT), config)
+        live = np.ones(len(segment), bool)
+        if own["tombstones"]:
+            live[load_file(published.path(own["tombstones"]))["rows"]] = False
+        same = before is not None and np.array_equal(before.live, live)
+        held.append(before if same else LiveSegment(folder, segment, live))
     return held
+
+
+def read_sketches(published: Artifact) -> dict[str, Float[np.ndarray, "C D"]]:
+    """The sketches that an index, whose file of them is verified, was published with."""
+    kept = load_file(published.path(published.meta["sketches"]))
+    return {name: kept[name] for name in published.meta["experts"]}
+
+
+def read_words(published: Artifact) -> Statistics:
+    """The words that an index, whose file of them is verified, was published with."""
+    return Statistics.from_tensors(load_file(published.path(published.meta["words"])))
+
+
+def open_holder(
+    published: Artifact, expert: str, words: Statistics, known: Mapping[str, LiveSegment] | None = None
+) -> LocalHolder:
+    """Opens an expert's index, whose files are verified, in this process. Raises ArtifactError as read_segments does."""
+    entry = published.meta["memories"].get(expert)
+    memory = read_vector_index(published, entry, IndexConfig(**published.meta["config"])) if entry else None
+    return LocalHolder(read_segments(published, expert, known), words, memory)
+
+
+def _one_by_one(calls: Sequence[Callable[[], T]]) -> list[T]:
+    return [call() for call in calls]
 
 
 class Snapshot:
     """An index as it was published once. Nothing of it changes, so any number of threads may read it.
 
-    `sizes` are the documents of each expert's index; `sketches` what stands for them.
+    Rows are numbered through, expert by expert. `sizes` are the documents of each expert's index; `sketches` what stands for them;
+    `ask` makes calls to several holders, side by side where that pays.
     """
 
-    def __init__(self, published: Artifact, experts: Sequence[str], previous: "Snapshot | None" = None):
-        """Loads a verified index of a model's experts; what it shares with a `previous` snapshot is not loaded again."""
-        self.published = published
-        config = IndexConfig(**published.meta["config"])
-        known = {own.folder: own for own in previous.segments} if previous else {}
-        held = read_segments(published, known)
-        self.segments = [own for segments in held.values() for own in segments]
+    def __init__(
+        self,
+        published: Artifact,
+        experts: Sequence[str],
+        holders: Mapping[str, Holder],
+        ask: Callable[[Sequence[Callable[[], Any]]], list[Any]] = _one_by_one,
+    ):
+        """The snapshot of a model's experts, of which the sketches' file is verified, with a holder for each index."""
+        self.published, self.holders, self.ask = published, holders, ask
         self.sizes: dict[str, int] = {name: entry["documents"] for name, entry in published.meta["experts"].items()}
         self.names = list(self.sizes)
-        self.sketches = {name: _sketch(own) for name, own in held.items()}
+        self.sketches = read_sketches(published)
         self.evidence = Evidence(experts, self.sketches)
+        self.count = sum(self.sizes.values())
         self._starts = np.cumsum([0, *self.sizes.values()])[:-1]
-        counts = [int(own.live.sum()) for own in self.segments]
-        self._firsts = np.cumsum([0, *counts])[:-1]
-        self.count = sum(counts)
-        self._shares = {
-            own: (previous._shares.get(own) if previous else None) or _statistics(own) for own in self.segments
-        }
-        words = Statistics.total(own for own in self._shares.values() if own)
-        self._parts = [_part(own, int(first), words) for own, first in zip(self.segments, self._firsts, strict=True)]
-        places = np.cumsum([0, *map(len, held.values())])
-        self._places = {name: slice(*own) for name, own in zip(held, pairwise(places), strict=True)}
-        self.indexes = {
-            name: ExpertIndex(tuple(self._parts[self._places[name]]), self._memory(name, config)) for name in held
-        }
-        self._filters: dict[str, list[Allowed]] = {}
-        self._lock = threading.Lock()
-
-    def _memory(self, name: str, config: IndexConfig):
-        entry = self.published.meta["memories"].get(name)
-        return read_vector_index(self.published, entry, config) if entry else None
 
     def close(self) -> None:
         """Gives the files back."""
-        for own in self.segments:
-            own.segment.store.close()
+        for own in self.holders.values():
+            own.close()
 
-    def holders(self, rows: Int[np.ndarray, "_"]) -> list[str]:
+    def start(self, expert: str) -> int:
+        """The first row of an expert's index."""
+        return int(self._starts[self.names.index(expert)])
+
+    def experts_of(self, rows: Int[np.ndarray, "_"]) -> list[str]:
         """Whose index has each row."""
         return [self.names[number] for number in np.searchsorted(self._starts, rows, side="right") - 1]
 
-    def _by_segment(self, rows: Int[np.ndarray, "_"]) -> Iterable[tuple[LiveSegment, np.ndarray, np.ndarray]]:
-        """(segment, which of the rows are in it, their rows there)."""
-        places = np.searchsorted(self._firsts, rows, side="right") - 1
-        for place in np.unique(places):
-            mine = np.flatnonzero(places == place)
-            yield self.segments[place], mine, self._parts[place].rows_of(rows[mine])
-
-    def identities(self, rows: Int[np.ndarray, "_"]) -> UInt64[np.ndarray, "_"]:
-        """What tells each row's document: one that lies in two indexes has two rows."""
-        out = np.empty(len(rows), np.uint64)
-        for own, mine, local in self._by_segment(rows):
-            out[mine] = own.segment.identities[local]
-        return out
-
-    def loose(self, rows: Int[np.ndarray, "_"]) -> Bool[np.ndarray, "_"]:
-        """Which rows are of documents without a domain."""
-        out = np.empty(len(rows), bool)
-        for own, mine, local in self._by_segment(rows):
-            out[mine] = own.segment.loose[local]
-        return out
-
-    def fetch(self, rows: Int[np.ndarray, "_"]) -> dict[int, Document]:
-        """The documents of some rows."""
-        found: dict[int, Document] = {}
+    def fetch(self, rows: Int[np.ndarray, "_"]) -> dict[int, tuple[Document, bool]]:
+        """The documents of some rows, and whether each is without a domain."""
         distinct = np.unique(rows)
-        for own, mine, local in self._by_segment(distinct):
-            documents = own.segment.store.fetch(local)
-            found |= {int(row): documents[int(at)] for row, at in zip(distinct[mine], local, strict=True)}
-        return found
+        numbers = np.searchsorted(self._starts, distinct, side="right") - 1
+        asked = [(distinct[numbers == number], number) for number in np.unique(numbers)]
+        found = self.ask(
+            [partial(self.holders[self.names[number]].fetch, own - self._starts[number]) for own, number in asked]
+        )
+        return {
+            int(row): about
+            for (own, _), documents in zip(asked, found, strict=True)
+            for row, about in zip(own, documents, strict=True)
+        }
 
     def held(self) -> list[tuple[str, Document]]:
         """Every row's expert and document."""
         rows = np.arange(self.count)
         documents = self.fetch(rows)
-        return [(expert, documents[row]) for row, expert in enumerate(self.holders(rows))]
+        return [(expert, documents[row][0]) for row, expert in enumerate(self.experts_of(rows))]
 
     def distinct(self) -> Int[np.ndarray, "_"]:
         """The first row of every document: one that lies in two indexes has two."""
-        return np.sort(np.unique(self.identities(np.arange(self.count)), return_index=True)[1])
+        every = [own.identities() for own in self.holders.values()]
+        return np.sort(np.unique(np.concatenate([np.empty(0, np.uint64), *every]), return_index=True)[1])
 
     def vectors(self) -> Float[np.ndarray, "N D"]:
         """Every document's vector, by row."""
-        return np.concatenate([own.segment.vectors.vectors_of(np.flatnonzero(own.live)) for own in self.segments])
-
-    def allowed(self, where: Where | None) -> dict[str, list[Allowed | None]]:
-        """For each expert's index and each part of it the rows that a filter allows; None: all that live."""
-        if where is None:
-            return {name: [None] * (own.stop - own.start) for name, own in self._places.items()}
-        key = repr(sorted((field, repr(condition)) for field, condition in where.items()))
-        with self._lock:
-            masks = self._filters.pop(key, None)
-        if masks is None:
-            masks = [
-                own.segment.vectors.allow(own.live & own.segment.store.matching(where, len(own.segment)))
-                for own in self.segments
-            ]
-        with self._lock:
-            self._filters[key] = masks  # the youngest last
-            while len(self._filters) > _FILTERS_KEPT:
-                self._filters.pop(next(iter(self._filters)))
-        return {name: masks[own] for name, own in self._places.items()}
+        return np.concatenate([own.vectors() for own in self.holders.values()])
 
 
-def _statistics(own: LiveSegment) -> Statistics | None:
-    return None if own.segment.counts is None else Statistics.of([(own.segment.counts, own.live)])
+class Places(Protocol):
+    """Where the holders of an index are: says what has to be verified here, and opens snapshots."""
+
+    def read(self, root: Path, known: Artifact | None = None) -> Artifact:
+        """The index that is published now, with all verified that this process reads, but for what `known` has too."""
+
+    def open(self, published: Artifact, experts: Sequence[str], previous: Snapshot | None = None) -> Snapshot:
+        """A snapshot of what `read` gave; what it shares with the `previous` one is not loaded again."""
 
 
-def _part(own: LiveSegment, first: int, words: Statistics) -> Part:
-    segment = own.segment
-    lexical = None if segment.counts is None else Lexical(segment.counts, words)
-    live = None if own.live.all() else segment.vectors.allow(own.live)
-    return Part(first, segment.vectors, lexical, segment.answers, live)
+class Here:
+    """All indexes in this process."""
+
+    def read(self, root: Path, known: Artifact | None = None) -> Artifact:
+        """The index, with every file verified."""
+        return artifact.read(root, KIND, known)
+
+    def open(self, published: Artifact, experts: Sequence[str], previous: Snapshot | None = None) -> Snapshot:
+        """Opens every index."""
+        before = previous.holders.values() if previous else ()
+        known = {own.folder: own for holder in before for own in holder.segments}
+        words = read_words(published)
+        held = {name: open_holder(published, name, words, known) for name in published.meta["experts"]}
+        return Snapshot(published, experts, held)

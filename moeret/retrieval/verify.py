@@ -1,5 +1,6 @@
 """Is an index whole: every file, every count, and how well its graphs find."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import numpy as np
 from jaxtyping import Float
 
 from moeret import artifact
+from moeret.artifact import Artifact
 from moeret.models.model import Model, read_profile
 from moeret.retrieval.hnsw import exact_search
-from moeret.retrieval.segment import identity
-from moeret.retrieval.snapshot import KIND, LiveSegment, Snapshot, model_of
+from moeret.retrieval.segment import LiveSegment, identity
+from moeret.retrieval.snapshot import KIND, model_of, read_segments, read_sketches, read_words, sketches_of, words_of
 from moeret.types import Document
 
 _QUERIES = 200
@@ -31,10 +33,11 @@ def verify_index(index: str | Path) -> dict[str, Any]:
     root = Path(index)
     published = artifact.read(root, KIND)
     model = model_of(published)
-    snapshot = Snapshot(published, model.experts)
     problems, queries, experts = [], _queries(model), {}
-    for name, entry in published.meta["experts"].items():
-        mine = [own for own in snapshot.segments if own.folder in {one["folder"] for one in entry["segments"]}]
+    held = {name: read_segments(published, name) for name in published.meta["experts"]}
+    problems += _check_summaries(published, held)
+    for name, mine in held.items():
+        entry = published.meta["experts"][name]
         for own, said in zip(mine, entry["segments"], strict=True):
             problems += _check(own, said, name)
         problems += _repeated(mine, root)
@@ -44,7 +47,8 @@ def verify_index(index: str | Path) -> dict[str, Any]:
             "deleted": sum(own["deleted"] for own in entry["segments"]),
             "recall@10": _recall(mine, queries.get(name, np.concatenate([*queries.values()]))),
         }
-    snapshot.close()
+    for own in (own for mine in held.values() for own in mine):
+        own.segment.store.close()
     return {
         "snapshot": published.snapshot,
         "fingerprint": published.fingerprint,
@@ -60,6 +64,16 @@ def _queries(model: Model) -> dict[str, Float[np.ndarray, "Q D"]]:
         entry["name"]: read_profile(model.published, entry["profile"]) for entry in model.published.meta["experts"]
     }
     return {name: own.dev_vectors[:_QUERIES].astype(np.float32) for name, own in profiles.items()}
+
+
+def _check_summaries(published: Artifact, held: Mapping[str, list[LiveSegment]]) -> list[str]:
+    """What is wrong with what an index says of all its segments."""
+    problems, told, true = [], read_sketches(published), sketches_of(held)
+    if read_words(published) != words_of(held):
+        problems.append(f"{published.path(published.meta['words'])} counts other words than the documents have")
+    if told.keys() != true.keys() or any(not np.array_equal(told[name], true[name]) for name in true):
+        problems.append(f"{published.path(published.meta['sketches'])} is of other documents")
+    return problems
 
 
 def _check(own: LiveSegment, said: dict[str, Any], expert: str) -> list[str]:

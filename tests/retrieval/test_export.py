@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import hnswlib
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import QUERIES, write_jsonl
 from pyarrow import parquet
 
 import moeret
@@ -75,3 +76,26 @@ def test_an_export_replaces_nothing_and_leaves_nothing_half_done(tmp_path, monke
     monkeypatch.undo()
     moeret.export_index(index, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out"]
+
+
+def test_the_recipe_for_another_database_finds_what_is_nearest(tmp_path, monkeypatch, index, retriever, model_folder):
+    moeret.export_index(index, tmp_path / "export")
+    (tmp_path / "model").symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "indexing.md").read_text()
+    [recipe] = [block.split("```")[0] for block in page.split("```python\n") if "QdrantClient(" in block]
+    made = {}
+    exec(recipe, made)
+    held, vectors = retriever.held(), retriever.vectors()
+    for query in QUERIES:
+        [route] = retriever.model.route([query])
+        asked = [name for name in made["held"] if name in route.experts] or made["held"]
+        [vector] = retriever.model.encode_query([query], expert="auto")
+        rows = [row for row, (expert, _) in enumerate(held) if expert in asked]
+        best = sorted(vectors[rows] @ vector, reverse=True)[:3]
+        points = made["search"](query, 3)
+        np.testing.assert_allclose([point.score for point in points], best, atol=1e-5)
+        assert all(point.payload["text"] in {held[row][1].text for row in rows} for point in points)
+    year = made["models"].FieldCondition(key="metadata.year", range=made["models"].Range(gte=2021))
+    found = made["search"]("the rhine", 9, made["models"].Filter(must=[year]))
+    assert {point.payload["id"] for point in found} == {"l1", "l2"}

@@ -245,7 +245,7 @@ def test_a_reload_reads_what_is_new_alone(tmp_path, monkeypatch, index):
     usual = artifact._check_file
     monkeypatch.setattr(artifact, "_check_file", lambda own, name, entry: read.append(name) or usual(own, name, entry))
     assert retriever.reload()
-    assert read and all(name.startswith("segments/fruit-") for name in read)
+    assert read and all(name.startswith(("segments/fruit-", "sketches-", "words-")) for name in read)
     retriever.close()
 
 
