@@ -64,6 +64,7 @@ def test_parts_score_their_live_documents_as_the_whole_does(parts):
     counts = [Counts.of(own) for own, _ in parts]
     live = [np.array([bool(bits >> place & 1) for place in range(len(own))]) for own, bits in parts]
     together = Statistics.of(zip(counts, live, strict=True))
+    assert Statistics.from_tensors(together.tensors) == together
     whole = Lexical.of([text for (own, _), mask in zip(parts, live, strict=True) for text in np.array(own)[mask]])
     for words in stems(WORDS):
         found = [Lexical(own, together).scores(words)[mask] for own, mask in zip(counts, live, strict=True)]

@@ -16,7 +16,7 @@ import moeret
 from moeret import artifact
 from moeret.config import IndexConfig
 from moeret.models.model import Model
-from moeret.retrieval import job, update
+from moeret.retrieval import job, snapshot, update
 from moeret.retrieval.build import build_index
 from moeret.retrieval.update import compact_index, rollback_index, update_index
 
@@ -382,3 +382,13 @@ def test_any_sequence_of_changes_leaves_what_a_dictionary_holds(model_folder):
             max_examples=12, stateful_step_count=8, deadline=None, suppress_health_check=checks, phases=phases
         ),
     )
+
+
+@pytest.mark.parametrize("name", ["words", "sketches"])
+def test_verification_sees_summaries_of_other_documents(tmp_path, monkeypatch, index, name):
+    usual = getattr(snapshot, f"{name}_of")
+    with monkeypatch.context() as wrong:
+        wrong.setattr(snapshot, f"{name}_of", lambda held: usual({own: held[own][:1] for own in held}))
+        update_index(index, {"fruit": domain_of(tmp_path / "f", {"new": "a new apple"})})
+    [problem] = moeret.verify_index(index)["problems"]
+    assert f"{name}-" in problem
