@@ -90,7 +90,8 @@ def processor() -> str:
     """The processor's model, and whether it multiplies bfloat16 matrices in hardware."""
     lines = _processor_lines()
     model = re.search(r"model name\s*: (.*)", lines)
-    return (model.group(1) if model else platform.processor()) + (" with AMX" if "amx_tile" in lines else "")
+    units = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if flag in lines]
+    return (model.group(1) if model else platform.processor()) + (f" with {units[0]}" if units else "")
 
 
 def cores() -> str:

@@ -22,6 +22,10 @@ _LONGEST = 256
 """Characters of the longest text that can be filtered by: longer ones are no labels, and would be stored twice."""
 
 
+_END = 2**1023
+"""Whole numbers below are floats at least."""
+
+
 def fields(metadata: str) -> Iterator[tuple[str, str | int | float]]:
     """Every (field, value) of a document's metadata that can be filtered by."""
     if metadata:
@@ -42,7 +46,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str | int | float]]:
 def _stored(value: str | int | float) -> str | int | float:
     """As the database keeps it: its whole numbers have 64 bits."""
     if isinstance(value, int):
-        return int(value) if -(2**63) <= value < 2**63 else float(value) if abs(value) < 2**1023 else str(value)
+        return int(value) if -(2**63) <= value < 2**63 else float(value) if abs(value) < _END else str(value)
     return value
 
 
@@ -71,6 +75,8 @@ def check(where: Where) -> None:
 
 def _check_value(field: str, value: Any) -> None:
     require(_is_written(value), f"where: field {field!r} cannot be compared with a text that is not valid Unicode")
+    small = not isinstance(value, int) or abs(value) < _END
+    require(small, f"where: field {field!r} cannot be compared with a whole number of more than 308 digits")
     fits = isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
     require(fits, f"where: field {field!r} can be compared with a text or a finite number, got {value!r}")
     require(
