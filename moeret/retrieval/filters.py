@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from moeret.config import require
+from moeret.errors import ConfigError
 
 Where = Mapping[str, Any]
 Select = Callable[[str, list[Any]], set[int]]
@@ -20,10 +21,6 @@ Select = Callable[[str, list[Any]], set[int]]
 _COMPARE = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 _LONGEST = 256
 """Characters of the longest text that can be filtered by: longer ones are no labels, and would be stored twice."""
-
-
-_END = 2**1023
-"""Whole numbers below are floats at least."""
 
 
 def fields(metadata: str) -> Iterator[tuple[str, str | int | float]]:
@@ -46,13 +43,17 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str | int | float]]:
 def _stored(value: str | int | float) -> str | int | float:
     """As the database keeps it: its whole numbers have 64 bits."""
     if isinstance(value, int):
-        return int(value) if -(2**63) <= value < 2**63 else float(value) if abs(value) < _END else str(value)
+        return int(value) if -(2**63) <= value < 2**63 else float(value) if abs(value) < 2**1023 else str(value)
     return value
 
 
 def check(where: Where) -> None:
     """Raises ConfigError where a filter makes no sense."""
-    require(isinstance(where, Mapping), f"where must be a mapping of fields to conditions, got {where!r}")
+    try:
+        repr(where)
+    except ValueError:  # more digits than Python prints
+        raise ConfigError("where: nothing can be compared with a whole number of thousands of digits") from None
+    require(isinstance(where, Mapping), f"where must be a mapping of fields to conditions, got {type(where).__name__}")
     for field, condition in where.items():
         require(isinstance(field, str) and bool(field), f"where: a field is a non-empty string, got {field!r}")
         require(_is_written(field), f"where: field {field!r} is not valid Unicode text")
@@ -75,8 +76,6 @@ def check(where: Where) -> None:
 
 def _check_value(field: str, value: Any) -> None:
     require(_is_written(value), f"where: field {field!r} cannot be compared with a text that is not valid Unicode")
-    small = not isinstance(value, int) or abs(value) < _END
-    require(small, f"where: field {field!r} cannot be compared with a whole number of more than 308 digits")
     fits = isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
     require(fits, f"where: field {field!r} can be compared with a text or a finite number, got {value!r}")
     require(

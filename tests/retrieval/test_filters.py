@@ -81,7 +81,7 @@ def test_a_filter_allows_the_documents_that_fulfil_every_condition(tmp_path_fact
 @pytest.mark.parametrize(
     ("where", "reason"),
     [
-        pytest.param({"a": {"lt": 10**5000}}, "more than 308 digits", id="more digits than Python prints"),
+        pytest.param({"a": {"in": [10**5000]}}, "thousands of digits", id="more digits than Python prints"),
         ("lang", " must be a mapping"),
         ({"": 1}, "a field is a non-empty string"),
         ({3: 1}, "a field is a non-empty string"),
