@@ -4,7 +4,8 @@ Command:  python -m experiments.pooled_domains --data DATA [--out runs/pooled_do
           DATA holds the BEIR folders named below. Needs `pip install .[experiments]` (matplotlib). --small takes excerpts of
           them and writes a section of its own; other experiments can take what it leaves: `--data OUT/small/data --pooled
           OUT/small`. --quick takes smaller excerpts of three domains, short trainings and one seed, and prints its report only.
-Time:     about two hours a seed with one rival on 2 cores with bfloat16 products. Cut off, the same command goes on.
+Time:     about two hours a seed with one rival on 2 cores with bfloat16 products. Cut off, the same command goes on. What
+          a seed of the whole scored is kept in experiments/pooled_results; delete it to run that seed again.
 Expected: these are the aims; BENCHMARKS.md says which hold. Over the ten domains routed gains at least 12 points of nDCG@10 on the
           base and 1 on one multi-task delta of the same size and number of steps, loses at most 0.7 to the known-domain
           oracle, and loses at most 0.3 on any domain and 0.5 on foreign corpora to the base. Writes its section into
@@ -12,6 +13,7 @@ Expected: these are the aims; BENCHMARKS.md says which hold. Over the ten domain
 """
 
 import dataclasses
+import gzip
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ from experiments.multi_task import train_multi_task
 from experiments.pilots import pilot_system
 from experiments.pooled_report import draw, report, summary
 from moeret import artifact
-from moeret.config import TrainConfig
+from moeret.config import TrainConfig, to_json
 from moeret.data.beir import Domain, read_domain, sample, seen_queries, write_domain
 from moeret.evaluation.baselines import System, bm25_system, exact_system, fused_system
 from moeret.evaluation.benchmark import cost, router_report, search_route, search_system
@@ -58,6 +60,8 @@ RIVALS = ((None, 6e-4), (64, 2e-3), (None, 1e-3))
 other seeds take the first's choice. The larger the rank, the further a delta moves at the same rate: rank 224 diverges at 2e-3."""
 MINIMA, LIMITS = (0.3, 0.03), (-1.0, -0.5, 0.5)
 """Least probabilities of an expert to be used, and other limits of strangeness than dev's, for the curve against cost."""
+RESULTS = Path(__file__).parent / "pooled_results"
+"""Where a whole seed's scores are kept, in the repository: the report is made of these."""
 VOTES = 100
 """Training queries a domain that vote for RouterRetriever's pilots."""
 
@@ -109,9 +113,14 @@ def main() -> None:
     scores, tried = [], (RIVALS[1:2] if arguments.quick else RIVALS)[: arguments.rivals]
     for seed in range(1 if arguments.quick else arguments.seeds):
         place, own = out / f"seed-{seed}", dataclasses.replace(ours, seed=seed)
-        if seed:
+        asked = {**to_json(own), "queries": arguments.queries, "rivals": [list(rival) for rival in tried]}
+        if not scale and (earlier := kept_scores(seed, asked)):
+            found, tried = earlier
+        else:
             share_vectors(out / "seed-0", place)
-        found, tried = run_seed(place, trained, strangers, own, tried, queries=arguments.queries, first=seed == 0)
+            found, tried = run_seed(place, trained, strangers, own, tried, queries=arguments.queries, first=seed == 0)
+            if not scale:
+                keep_scores(seed, asked, found, tried)
         scores.append(found)
     body = report(scores, names, foreign, dataclasses.asdict(ours))
     print(body)
@@ -123,6 +132,24 @@ def main() -> None:
         write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
         write_block(FILE.with_name("README.md"), "results", summary(scores, names))
         draw(FILE.parent / "docs" / "pooled-domains.svg", scores, names)
+
+
+def kept_scores(seed: int, asked: dict[str, Any]) -> tuple[dict[str, Any], Sequence[tuple[int | None, float]]] | None:
+    """What a seed of the whole benchmark scored, and its best rival, if that was kept for the same settings."""
+    file = RESULTS / f"seed-{seed}.json.gz"
+    kept = json.loads(gzip.decompress(file.read_bytes())) if file.is_file() else {}
+    if kept.get("asked") != asked:
+        return None
+    return kept["scores"], [tuple(rival) for rival in kept["rivals"]]
+
+
+def keep_scores(
+    seed: int, asked: dict[str, Any], scores: dict[str, Any], rivals: Sequence[tuple[int | None, float]]
+) -> None:
+    """Keeps every query's scores beside this file: a seed takes hours, and another machine may run the next one."""
+    RESULTS.mkdir(exist_ok=True)
+    raw = json.dumps({"asked": asked, "scores": scores, "rivals": [list(rival) for rival in rivals]}).encode()
+    artifact.write_atomically(RESULTS / f"seed-{seed}.json.gz", gzip.compress(raw, mtime=0))
 
 
 def share_vectors(first: Path, place: Path) -> None:
