@@ -121,10 +121,13 @@ class VectorIndex:
 
 
 def exact_search(
-    queries: Float[np.ndarray, "Q D"], vectors: Float[np.ndarray, "V D"], k: int, at_once: int = 256
+    queries: Float[np.ndarray, "Q D"], vectors: Float[np.ndarray, "V D"], k: int, most_scores: int = 2**23
 ) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
-    """The k vectors with the largest dot products, best first, and these products; equal ones in their order."""
-    found, best = [], []
+    """The k vectors with the largest dot products, best first, and these products; equal ones in their order.
+
+    At most `most_scores` of them, or one query's, are in memory at a time.
+    """
+    found, best, at_once = [], [], max(1, most_scores // max(1, len(vectors)))
     for start in range(0, len(queries), at_once):
         scores = queries[start : start + at_once] @ vectors.T
         top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
@@ -197,7 +200,8 @@ def _group_equal(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     groups = appearance[inverse]
     order = np.argsort(groups, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(groups))])
-    return raw[np.sort(first)], offsets.astype(np.int64), order.astype(np.int64)
+    distinct = raw if len(first) == len(raw) else raw[np.sort(first)]
+    return distinct, offsets.astype(np.int64), order.astype(np.int64)
 
 
 def _whole(raw: np.ndarray) -> np.ndarray:

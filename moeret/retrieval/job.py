@@ -122,11 +122,14 @@ class Job:
                 return linked
         shutil.rmtree(folder, ignore_errors=True)
         parts = [part() for part in group.parts]
+        stores = [segment.store for segment, _ in parts]
         try:
-            return write_segment(folder, joined(parts), self._config, about={"expert": expert}, advance=advance)
+            content = joined(parts)
+            del parts  # their vectors: a graph takes as much again
+            return write_segment(folder, content, self._config, about={"expert": expert}, advance=advance)
         finally:
-            for segment, _ in parts:
-                segment.store.close()
+            for store in stores:
+                store.close()
 
     def groups(self, encoded: Sequence[Artifact]) -> dict[str, list["Group"]]:
         """Each expert's segments of these shards, in groups that become a segment each."""

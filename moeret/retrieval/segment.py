@@ -80,9 +80,13 @@ class Segment:
 
     def documents(self, kept: Bool[np.ndarray, "N"]) -> Iterator[Document]:
         """Its documents that are kept, in order, a few in memory at a time."""
-        rows = np.flatnonzero(kept)
-        for start in range(0, len(rows), _FETCHED_AT_ONCE):
-            yield from self.store.fetch(rows[start : start + _FETCHED_AT_ONCE]).values()
+        return _documents(self.store, kept)
+
+
+def _documents(store: DocumentStore, kept: Bool[np.ndarray, "N"]) -> Iterator[Document]:
+    rows = np.flatnonzero(kept)
+    for start in range(0, len(rows), _FETCHED_AT_ONCE):
+        yield from store.fetch(rows[start : start + _FETCHED_AT_ONCE]).values()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,12 +172,13 @@ def open_segment(published: Artifact, config: IndexConfig) -> Segment:
 
 
 def joined(parts: Sequence[tuple[Segment, Bool[np.ndarray, "_"]]]) -> Content:
-    """What is kept of several segments of one expert, as the content of one."""
+    """What is kept of several segments of one expert, as the content of one; of them it holds only the open stores."""
     segments, kept = [part for part, _ in parts], [own for _, own in parts]
+    stores = [(part.store, own) for part, own in parts]
     counts = [part.counts for part in segments if part.counts]
     answers = [part.answers for part in segments if part.answers]
     return Content(
-        (document for part, own in parts for document in part.documents(own)),
+        (document for store, own in stores for document in _documents(store, own)),
         np.concatenate([part.loose[own] for part, own in parts]),
         np.concatenate([part.identities[own] for part, own in parts]),
         np.concatenate([part.vectors.vectors_of(np.flatnonzero(own)) for part, own in parts]),

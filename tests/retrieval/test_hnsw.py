@@ -76,6 +76,15 @@ def test_a_graph_finds_nearly_all_of_the_true_nearest(count, seed, k):
     assert np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]) >= 0.95
 
 
+@pytest.mark.parametrize("most", [1, 250, 10**6])
+def test_exact_search_finds_the_same_however_little_memory_it_takes(most):
+    vectors, queries = vectors_of(100), vectors_of(7, 1)
+    rows, scores = exact_search(queries, vectors, 5, most)
+    expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :5]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, expected, axis=1), rtol=1e-5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     vectors=arrays(np.float32, st.tuples(st.integers(1, 30), st.just(3)), elements=st.sampled_from([-1.0, 0.0, 1.0])),
