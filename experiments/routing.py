@@ -200,9 +200,9 @@ def _each_its_own(
             mine = np.argwhere((choice.experts == number) & (choice.weights > 0))
             if len(mine):
                 found = retriever.rank([texts[row] for row, _ in mine], DEPTH + 1, route=name).ranked
-                for (row, slot), own in zip(mine, found, strict=True):
-                    lists[row].append(Ranking(*own, weight=float(choice.weights[row, slot])))
-        out[test.name] = [fuse(own, fusion, DEPTH + 1, lambda rows: rows) for own in lists]
+                for (row, slot), (rows, scores) in zip(mine, found, strict=True):
+                    lists[row].append(Ranking(rows, scores, rows, weight=float(choice.weights[row, slot])))
+        out[test.name] = [fuse(own, fusion, DEPTH + 1) for own in lists]
         indexes.append(np.mean([len(own) for own in lists]))
     return out, float(np.mean(indexes))
 

@@ -73,6 +73,6 @@ def fused_system(retriever: Retriever, systems: Sequence[System]) -> System:
 
     def search(texts: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         lists = zip(*(system(texts, k) for system in systems), strict=True)
-        return [fuse([Ranking(*ranked) for ranked in own], "rrf", k, lambda rows: rows) for own in lists]
+        return [fuse([Ranking(rows, scores, rows) for rows, scores in own], "rrf", k) for own in lists]
 
     return search
