@@ -113,7 +113,7 @@ def main() -> None:
     scores, tried = [], (RIVALS[1:2] if arguments.quick else RIVALS)[: arguments.rivals]
     for seed in range(1 if arguments.quick else arguments.seeds):
         place, own = out / f"seed-{seed}", dataclasses.replace(ours, seed=seed)
-        asked = {**to_json(own), "queries": arguments.queries, "rivals": [list(rival) for rival in tried]}
+        asked = asked_of(own, arguments.queries, tried, trained | strangers)
         if not scale and (earlier := kept_scores(seed, asked)):
             found, tried = earlier
         else:
@@ -132,6 +132,14 @@ def main() -> None:
         write_section("pooled-domains", "Ten domains and three foreign corpora in one index", body)
         write_block(FILE.with_name("README.md"), "results", summary(scores, names))
         draw(FILE.parent / "docs" / "pooled-domains.svg", scores, names)
+
+
+def asked_of(
+    config: TrainConfig, queries: int | None, tried: Sequence[tuple[int | None, float]], folders: dict[str, Path]
+) -> dict[str, Any]:
+    """What a seed's scores depend on, but for the code."""
+    corpora = {name: artifact.sha256_of(folder / "corpus.jsonl") for name, folder in folders.items()}
+    return {**to_json(config), "queries": queries, "rivals": [list(rival) for rival in tried], "corpora": corpora}
 
 
 def kept_scores(seed: int, asked: dict[str, Any]) -> tuple[dict[str, Any], Sequence[tuple[int | None, float]]] | None:

@@ -161,7 +161,7 @@ def main() -> None:
         "over the time after its job has begun (of train all are of the first kind). *Old* is what there was before: nothing, "
         "or the earlier snapshot with its documents, hits and scores. *Same results*: documents, hits and scores of "
         f"{QUERIES} queries and fingerprint are the undisturbed run's, ids are unique, verification finds nothing, nothing is "
-        "left of the job.",
+        "left of the job. Of *ray*, the job on Ray, a worker is killed, and the command itself completes without a rerun.",
         markdown_table(["command", "undisturbed", *COLUMNS.values()], rows),
     ]
     print("\n\n".join(body))

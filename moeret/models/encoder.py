@@ -31,7 +31,7 @@ def _erf_coefficients() -> tuple[np.float32, ...]:
 
 
 def _normal_cdf(x: Array) -> Array:
-    """The chance that a standard normal is below x, by products and sums alone, which costs a CPU a third of an erf."""
+    """The chance that a standard normal is below x, by products and sums alone: a CPU does them faster than an erf."""
     z = jnp.clip(x, -_ERF_END, _ERF_END)
     u, value = z * z * np.float32(2 / _ERF_END**2) - 1, np.float32(0)
     for coefficient in reversed(_erf_coefficients()):

@@ -14,7 +14,7 @@ from moeret.data.records import write_parquet
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.retrieval.hnsw import build_vector_index, save_graph
 from moeret.retrieval.segment import LiveSegment
-from moeret.retrieval.snapshot import KIND, read_segments
+from moeret.retrieval.snapshot import KIND, all_segments
 from moeret.types import BASE_EXPERT
 
 Format = Literal["parquet", "hnswlib"]
@@ -40,7 +40,7 @@ def export_index(index: str | Path, out: str | Path, to: Format = "parquet") -> 
     published = artifact.read(root, KIND)
     require(not out.exists(), f"{out} is there already; name a folder that is not")
     model = artifact.inside(published, published.meta["model"]["folder"], MODEL_KIND)
-    held = {name: read_segments(published, name) for name in published.meta["experts"]}
+    held = all_segments(published)
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -149,6 +149,11 @@ def read_segments(
     return held
 
 
+def all_segments(published: Artifact) -> dict[str, list[LiveSegment]]:
+    """Those of every expert. Raises ArtifactError as read_segments does."""
+    return {name: read_segments(published, name) for name in published.meta["experts"]}
+
+
 def read_sketches(published: Artifact) -> dict[str, Float[np.ndarray, "C D"]]:
     """The sketches that an index, whose file of them is verified, was published with."""
     kept = load_file(published.path(published.meta["sketches"]))

@@ -26,7 +26,7 @@ from moeret.retrieval.build import sources_of, write_skipped
 from moeret.retrieval.engine import Local, engine_of
 from moeret.retrieval.job import Job, in_groups, include_segment, remove_leftovers, remove_published
 from moeret.retrieval.segment import LiveSegment, identity
-from moeret.retrieval.snapshot import KIND, model_of, publish_snapshot, read_segments
+from moeret.retrieval.snapshot import KIND, all_segments, model_of, publish_snapshot
 
 _TIER = 8
 """Segments of one size, at most `_TIER` times apart, that an update leaves; more are joined."""
@@ -88,7 +88,7 @@ def update_index(
             "on_error": on_error,
             **plan.digests,
         }
-        edit = _Edit(_all_segments(published))
+        edit = _Edit(all_segments(published))
         edit.delete(wanted)
         edit.read(plan)
         counts = edit.counts
@@ -124,7 +124,7 @@ def compact_index(index: str | Path, *, show_progress_bar: bool = False) -> Arti
     with writing(out):
         published, config = _opened(out)
         kept, groups = {}, {}
-        for name, segments in _all_segments(published).items():
+        for name, segments in all_segments(published).items():
             kept[name] = [own for own in segments if own.live.all() and 2 * len(own.live) > config.segment_documents]
             rest = [own for own in segments if own not in kept[name]]
             if len(rest) == 1 and rest[0].live.all():
@@ -184,10 +184,6 @@ def _opened(out: Path) -> tuple[Artifact, IndexConfig]:
     artifact.snapshots(out, KIND)
     remove_published(out, published)
     return published, config
-
-
-def _all_segments(published: Artifact) -> dict[str, list[LiveSegment]]:
-    return {name: read_segments(published, name) for name in published.meta["experts"]}
 
 
 class _Edit:

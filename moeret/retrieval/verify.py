@@ -12,7 +12,7 @@ from moeret.artifact import Artifact
 from moeret.models.model import Model, read_profile
 from moeret.retrieval.hnsw import exact_search
 from moeret.retrieval.segment import LiveSegment, identity
-from moeret.retrieval.snapshot import KIND, model_of, read_segments, read_sketches, read_words, sketches_of, words_of
+from moeret.retrieval.snapshot import KIND, all_segments, model_of, read_sketches, read_words, sketches_of, words_of
 from moeret.types import Document
 
 _QUERIES = 200
@@ -34,7 +34,7 @@ def verify_index(index: str | Path) -> dict[str, Any]:
     published = artifact.read(root, KIND)
     model = model_of(published)
     problems, queries, experts = [], _queries(model), {}
-    held = {name: read_segments(published, name) for name in published.meta["experts"]}
+    held = all_segments(published)
     problems += _check_summaries(published, held)
     for name, mine in held.items():
         entry = published.meta["experts"][name]
