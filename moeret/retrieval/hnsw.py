@@ -33,6 +33,9 @@ _OVERSAMPLED = 1.5
 """How many more vectors a graph is asked for than should be enough, where only some are allowed."""
 _EXACT_PER_ASKED = 16
 """Vectors that are compared exactly in about the time in which a graph finds one."""
+_PIVOTS, _PER_PIVOT = 1024, 64
+"""Vectors by which the others are put in order before they are linked: one in so many, at most so many."""
+_COLUMNS = 64
 
 
 class Allowed(NamedTuple):
@@ -145,8 +148,12 @@ def build_vector_index(
     vectors: Float[np.ndarray, "N D"],
     config: IndexConfig,
     advance: Callable[[int], None] = lambda count: None,
+    *,
+    overwrite: bool = False,
 ) -> VectorIndex:
     """An index of these documents' vectors, whose rows are their places; `advance` is called with the number of documents done.
+
+    With `overwrite` it may keep its own vectors, which lie in another order, in the array that it is given.
 
     Raises:
       DataError: a vector is not finite.
@@ -158,7 +165,29 @@ def build_vector_index(
     if len(distinct) < config.exact_below:
         advance(len(distinct))
         return VectorIndex(offsets, grouped, distinct, None)
+    order = _by_nearness(distinct, config.seed)
+    if overwrite or not np.may_share_memory(distinct, vectors):
+        for columns in range(0, distinct.shape[1], _COLUMNS):  # in place: there may be no room for two
+            distinct[:, columns : columns + _COLUMNS] = distinct[order, columns : columns + _COLUMNS]
+    else:
+        distinct = distinct[order]
+    starts, lengths = offsets[:-1][order], np.diff(offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    grouped = grouped[np.repeat(starts - offsets[:-1], lengths) + np.arange(len(grouped))]
     return VectorIndex(offsets, grouped, distinct, _build(distinct, config, advance))
+
+
+def _by_nearness(vectors: Float[np.ndarray, "V D"], seed: int) -> Int[np.ndarray, "V"]:
+    """An order in which vectors that are near each other are neighbours: by the nearest of a few of them, the pivots.
+
+    Linked in this order, a vector's candidates are those that the processor's caches have just had. What a graph finds depends
+    on the order too (Elliott and Clark, "The Impacts of Data, Ordering, and Intrinsic Dimensionality on Recall in Hierarchical
+    Navigable Small Worlds", 2024); by this one it finds no less.
+    """
+    count = min(_PIVOTS, -(-len(vectors) // _PER_PIVOT))
+    pivots = vectors[np.random.default_rng(seed).choice(len(vectors), count, replace=False)]
+    nearest = np.concatenate([(vectors[part] @ pivots.T).argmax(axis=1) for part in _parts(len(vectors))])
+    return np.argsort(nearest, kind="stable")
 
 
 def write_vector_index(draft: Draft, name: str, segment: VectorIndex) -> dict[str, Any]:

@@ -52,7 +52,10 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a segment is made of. `loose` are the documents without a domain; the texts are read once, in order."""
+    """What a segment is made of, which is used up when it is written: the texts are read once, in order.
+
+    `loose` are the documents without a domain.
+    """
 
     documents: Iterable[Document]
     loose: Bool[np.ndarray, "N"]
@@ -132,8 +135,8 @@ def write_segment(
     """
     if not linked:
         config = IndexConfig(exact_below=len(content.vectors) + 1)
-    index = build_vector_index(content.vectors, config, advance)
     sketch = make_sketch(content.vectors) if linked else content.vectors[:0]
+    index = build_vector_index(content.vectors, config, advance, overwrite=True)
     tensors = {"loose": content.loose, "identities": content.identities, "sketch": np.ascontiguousarray(sketch)}
     if content.answers:
         tensors |= {"answers.offsets": content.answers.offsets, "answers.rows": content.answers.rows}

@@ -162,7 +162,24 @@ def test_a_loaded_index_searches_as_the_built_one_did(tmp_path, config):
     ):
         np.testing.assert_array_equal(rows, same_rows)
         np.testing.assert_array_equal(scores, same_scores)
-    np.testing.assert_array_equal(loaded.vectors, vectors[:400])
+    np.testing.assert_array_equal(loaded.vectors, built.vectors)
+    np.testing.assert_array_equal(loaded.vectors_of(np.arange(450)), vectors)
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 400), copies=st.integers(1, 3), seed=st.integers(0, 99), overwrite=st.booleans())
+def test_a_graph_has_every_documents_vector_though_it_orders_them_by_nearness(count, copies, seed, overwrite):
+    vectors = np.random.default_rng(seed).permutation(np.tile(vectors_of(count, seed), (copies, 1)))
+    given_away = vectors.copy()
+    index = build_vector_index(given_away, GRAPH, overwrite=overwrite)
+    np.testing.assert_array_equal(index.vectors_of(np.arange(len(vectors))), vectors)
+    assert overwrite or (given_away == vectors).all()
+
+
+def test_vectors_near_each_other_are_linked_one_after_another():
+    ordered, given_order = index_of(vectors_of(3000)).vectors, vectors_of(3000)
+    follow = [float(np.mean((own[1:] * own[:-1]).sum(axis=1))) for own in (ordered, given_order)]
+    assert follow[0] > 0.2 > 0.1 > follow[1]
 
 
 def test_ef_is_effective_after_a_load(tmp_path):
