@@ -155,6 +155,37 @@ class IndexConfig:
         require(self.exact_below >= 0, f"exact_below must not be negative, got {self.exact_below}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """What a service takes, and how long it takes for it. Times are in seconds."""
+
+    batch_tokens: int = 4096
+    """Queries (or texts to embed) that arrive together are embedded together, up to about so many tokens."""
+    wait: float = 0.002
+    """How long a query waits for others to be embedded with, while none is being embedded."""
+    most_waiting: int = 256
+    """Queries that may wait; more are refused with status 429."""
+    deadline: float = 10.0
+    """After this a request that has no answer yet is given up, with status 504."""
+    reload_every: float = 10.0
+    """How often the service looks for a new snapshot of its index; 0: never."""
+    most_bytes: int = 2**20
+    """Of a request's body; larger ones are refused with status 413."""
+    most_characters: int = 20_000
+    """Of a query."""
+    most_hits: int = 1000
+    """Of a search."""
+    most_texts: int = 256
+    """Of one request for embeddings."""
+
+    def __post_init__(self):
+        for name in ("batch_tokens", "most_waiting", "most_bytes", "most_characters", "most_hits", "most_texts"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(0 <= self.wait <= 1, f"wait must be in [0, 1] seconds, got {self.wait}")
+        require(self.deadline > 0, f"deadline must be positive, got {self.deadline}")
+        require(self.reload_every >= 0, f"reload_every must not be negative, got {self.reload_every}")
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A dataclass as it reads back from JSON: tuples become lists, at any depth."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

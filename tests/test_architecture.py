@@ -8,19 +8,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moeret"
-ORDER = ["words", "data", "models", "training retrieval", "evaluation", "quickstart", "cli"]
+ORDER = ["words", "data", "models", "training retrieval", "evaluation serving", "quickstart", "cli"]
 WORDS = {"errors", "types", "config", "artifact", "lock", "metrics", "processes", "progress", "terminal"}
 ONE_IMPORTER = {
     "bm25s": "data/lexical.py",
+    "fastapi": "serving/app.py",
     "hnswlib": "retrieval/hnsw.py",
+    "httpx2": "serving/client.py",
     "huggingface_hub": "models/pretrained.py",
     "ir_measures": "metrics.py",
     "orbax": "training/checkpoint.py",
+    "prometheus_client": "serving/measures.py",
     "pyarrow": "data/records.py",
     "ray": "retrieval/ray_",
     "sqlite3": "retrieval/documents.py",
     "tokenizers": "data/tokenizer.py",
     "tyro": "cli/",
+    "uvicorn": "serving/",
 }
 
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from moeret.cli.indexing import Compact, Export, Index, Rollback, Verify
 from moeret.cli.searching import Evaluate, Route, Search
+from moeret.cli.serving import Serve
 from moeret.cli.training import Experts, ExpertsAdd, Quickstart, Train
 from moeret.errors import MoeretError
 from moeret.terminal import OUT, complain, fail
@@ -25,6 +26,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Route, tyro.conf.subcommand("route")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
 )
 

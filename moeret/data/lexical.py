@@ -25,6 +25,11 @@ def stems(texts: Sequence[str]) -> list[list[str]]:
     return bm25s.tokenize(list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
 
 
+def stem_words(words: Sequence[str]) -> list[str]:
+    """The stem of each of these lower-cased words."""
+    return Stemmer.Stemmer("english").stemWords(list(words))
+
+
 def _joined(terms: Sequence[str]) -> np.ndarray:
     return np.frombuffer("\n".join(terms).encode(), np.uint8)
 

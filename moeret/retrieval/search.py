@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -30,13 +31,14 @@ from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 class Rankings:
     """What a batch of queries found, as each one's (rows, scores), best first; which indexes it searched, and its route.
 
-    Rows are of the `snapshot` that was searched.
+    Rows are of the `snapshot` that was searched. `seconds` are those of the whole batch: `embed` (which routes too), `search`.
     """
 
     snapshot: Snapshot
     ranked: list[tuple[np.ndarray, np.ndarray]]
     indexes: list[tuple[str, ...]]
     routes: list[Route]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Retriever:
@@ -212,12 +214,15 @@ class Retriever:
             return Rankings(snapshot, [nothing] * len(queries), [()] * len(queries), self._routes_alone(queries))
         texts, words, fusion = self.model.with_prompt(queries, "query"), stems(queries), fusion or self.fusion
         settings = {"experts": experts, "strange_limit": self.strange_limit, "where": where}
+        started = time.perf_counter()
         plan = make_plan(self.model, snapshot, texts, route, **settings)
+        embedded = time.perf_counter()
         found = self._search(plan, words, k, fusion, self.blends)
         if route == "auto" and fusion == "score":
             found = self._second_look(found, plan, texts, words, k)
         if where is not None and route in ("auto", "all"):
             self._widen(found, plan, words, k, fusion)
+        found.seconds.update(embed=embedded - started, search=time.perf_counter() - embedded)
         return found
 
     def _routes_alone(self, queries: Sequence[str]) -> list[Route]:

@@ -1,0 +1,145 @@
+"""Answers of an index to many askers: queries that arrive together are searched together."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from moeret.config import ServeConfig
+from moeret.errors import ArtifactError
+from moeret.models.model import check_texts
+from moeret.retrieval.batching import Batcher
+from moeret.retrieval.search import Retriever
+from moeret.serving.measures import Measures
+from moeret.types import Hit, Route
+
+_LOG = logging.getLogger("moeret.serve")
+_WARM = (1, 4, 16)
+"""Queries that are searched together before the service is ready, and then one with each expert, so that no client waits for
+programs to be compiled or for an expert to be merged with the base."""
+
+Side = Literal["query", "document"]
+
+
+class Options(NamedTuple):
+    """How queries are searched; those with the same options are searched together. `where` is JSON."""
+
+    k: int = 10
+    route: str = "auto"
+    experts: int | None = None
+    fusion: str | None = None
+    where: str | None = None
+
+
+class Answer(NamedTuple):
+    """What a search found for one query. `route` is None where none was asked for; `seconds` are the batch's, by stage."""
+
+    hits: list[Hit]
+    route: Route | None
+    indexes: tuple[str, ...]
+    seconds: dict[str, float]
+    snapshot: int
+
+
+class Desk:
+    """Takes queries and texts for one Retriever, from one event loop."""
+
+    def __init__(self, retriever: Retriever, config: ServeConfig, measures: Measures):
+        self.retriever, self._config, self._measures = retriever, config, measures
+        limits = {"budget": config.batch_tokens, "wait": config.wait, "most_waiting": config.most_waiting}
+        self._searches: Batcher[str, Answer] = Batcher(self._search, cost=_tokens, observe=measures.batch, **limits)
+        self._texts: Batcher[list[str], np.ndarray] = Batcher(
+            self._embed, cost=lambda texts: sum(map(_tokens, texts)), **limits
+        )
+        self.ready = False
+        self._watching: asyncio.Task[None] | None = None
+        measures.waiting.set_function(lambda: len(self._searches) + len(self._texts))
+        self._count()
+
+    async def open(self) -> None:
+        """Warms up, and begins to look for new snapshots."""
+        await asyncio.to_thread(self._warm_up)
+        if self._config.reload_every:
+            self._watching = asyncio.create_task(self._watch())
+        self.ready = True
+
+    async def close(self) -> None:
+        """Takes nothing new, and returns when everything taken is answered."""
+        self.ready = False
+        if self._watching:
+            self._watching.cancel()
+        await self._searches.close()
+        await self._texts.close()
+
+    async def search(self, query: str, options: Options) -> Answer:
+        """What Retriever.search finds, and how.
+
+        Raises:
+          ConfigError: an option that makes no sense.
+          OverloadError: too many queries wait.
+          DeadlineError: it took too long.
+        """
+        began = time.monotonic()
+        answer = await self._searches.submit(options, query, self._config.deadline)
+        waited = time.monotonic() - began - sum(answer.seconds.values())
+        return answer._replace(seconds={"wait": max(0.0, waited), **answer.seconds})
+
+    async def embed(self, texts: Sequence[str], expert: str, side: Side) -> Float[np.ndarray, "N D"]:
+        """Unit vectors of queries or documents, as an expert (or `auto`, the base, `shared`) embeds them. Raises as `search`."""
+        check_texts(texts, "texts")
+        return await self._texts.submit((expert, side), list(texts), self._config.deadline)
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens the base reads of these."""
+        return sum(map(len, self.retriever.model.base.tokenizer(list(texts))))
+
+    def _warm_up(self) -> None:
+        for count in _WARM:
+            self.retriever.search_batch(["warm up"] * count)
+        for name in self.retriever.model.experts:
+            if name in self.retriever.sizes:
+                self.retriever.search("warm up", route=name)
+
+    def _search(self, options: Options, queries: list[str]) -> list[Answer]:
+        wanted = {**options._asdict(), "where": None if options.where is None else json.loads(options.where)}
+        found = self.retriever.rank(queries, **wanted)
+        began = time.perf_counter()
+        hits = self.retriever.hits(found)
+        seconds = {**found.seconds, "fetch": time.perf_counter() - began}
+        self._measures.stages(seconds, len(queries))
+        routes = found.routes or [None] * len(queries)
+        for route in routes:
+            if route is not None:
+                self._measures.routed(route.experts, route.abstained)
+        number = found.snapshot.published.snapshot
+        return [Answer(*own, seconds, number) for own in zip(hits, routes, found.indexes, strict=True)]
+
+    def _embed(self, how: tuple[str, Side], requests: list[list[str]]) -> list[np.ndarray]:
+        expert, side = how
+        model = self.retriever.model
+        encode = model.encode_query if side == "query" else model.encode_document
+        vectors = encode([text for texts in requests for text in texts], expert=expert, normalize_embeddings=True)
+        return np.split(vectors, np.cumsum([len(texts) for texts in requests])[:-1])
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.reload_every)
+            try:
+                if await asyncio.to_thread(self.retriever.reload):
+                    self._count()
+                    _LOG.info("searches go to snapshot %d from now on", self.retriever.index.snapshot)
+            except (ArtifactError, OSError) as error:
+                _LOG.warning("the index cannot be reloaded, the snapshot before is searched: %s", error)
+
+    def _count(self) -> None:
+        self._measures.snapshot(self.retriever.index.snapshot, self.retriever.sizes)
+
+
+def _tokens(text: str) -> int:
+    """About how many tokens a text has."""
+    return 2 + len(text) // 4
