@@ -28,6 +28,16 @@ CLIENTS = (1, 8)
 K = 10
 
 
+def test_queries(retriever: moeret.Retriever, data: Path, count: int) -> list[str]:
+    """About so many test queries, as many of each expert's domain, mixed."""
+    queries: list[str] = []
+    for name in retriever.model.experts:
+        test = read_domain(name, data / name, ("test",), ()).splits["test"]
+        queries += [*test.queries.values()][: count // len(retriever.model.experts)]
+    np.random.default_rng(0).shuffle(queries)
+    return queries
+
+
 def peers(retriever: moeret.Retriever, folder: str) -> dict[str, Search]:
     """One index over the pool, by two libraries, behind sentence-transformers."""
     import faiss
@@ -123,11 +133,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="how often each is timed")
     arguments = parser.parse_args()
     retriever = moeret.Retriever.load(arguments.index)
-    queries: list[str] = []
-    for name in retriever.model.experts:
-        test = read_domain(name, arguments.data / name, ("test",), ()).splits["test"]
-        queries += [*test.queries.values()][: arguments.queries // len(retriever.model.experts)]
-    np.random.default_rng(0).shuffle(queries)
+    queries = test_queries(retriever, arguments.data, arguments.queries)
     others = peers(retriever, str(retriever.model.base.folder))
     ours = {"moeret, routed": lambda own: retriever.search_batch(own, K)}
     if fast_precision() == "bfloat16":

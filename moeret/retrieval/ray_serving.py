@@ -8,6 +8,7 @@ and a replica opens that if it has not yet.
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -21,6 +22,8 @@ from moeret.artifact import Artifact
 from moeret.config import Precision, require
 from moeret.errors import ArtifactError, ConfigError
 from moeret.models.model import KIND as MODEL
+from moeret.retrieval import filters
+from moeret.retrieval.batching import Batcher
 from moeret.retrieval.holder import LocalHolder
 from moeret.retrieval.search import Retriever
 from moeret.retrieval.snapshot import KIND, Snapshot, files_of, open_holder, read_words
@@ -33,6 +36,8 @@ _ATTEMPTS = 5
 """Of a question whose replica dies; Serve starts another. Nothing is changed by asking, so asking again is safe."""
 _AT_ONCE = 32
 """Questions that a router has out at once."""
+_MOST_WAITING = 256
+"""Queries that a router takes at once; others wait where they are asked."""
 
 _Version = tuple[int, str]
 """Number and fingerprint of a snapshot."""
@@ -91,12 +96,20 @@ def serve_index(
     root = str(Path(index).resolve())
     experts = {
         own: serve.deployment(
-            Replica, name=f"expert-{own}", num_replicas=count, ray_actor_options={"num_cpus": replica_cpus}
+            Replica,
+            name=f"expert-{own}",
+            num_replicas=count,
+            max_ongoing_requests=_AT_ONCE,
+            ray_actor_options={"num_cpus": replica_cpus},
         ).bind(root, own)
         for own, count in wanted.items()
     }
     router = serve.deployment(
-        Router, name="router", num_replicas=routers, ray_actor_options={"num_cpus": router_cpus}
+        Router,
+        name="router",
+        num_replicas=routers,
+        max_ongoing_requests=_MOST_WAITING,
+        ray_actor_options={"num_cpus": router_cpus},
     ).bind(root, experts, reload_seconds, precision)
     return serve.run(router, name=name, route_prefix=None)
 
@@ -203,12 +216,17 @@ class Router:
 
     def __init__(self, index: str, experts: Mapping[str, Any], reload_seconds: float, precision: Precision | None):
         self._retriever = Retriever.of(OnServe(experts), index, precision=precision)
+        self._together: Batcher[str, list[Hit]] = Batcher(self._search_together, most_waiting=_MOST_WAITING)
         if reload_seconds:
             threading.Thread(target=self._watch, args=(reload_seconds,), daemon=True).start()
 
     async def search(self, query: str, k: int = 10, **options: Any) -> list[Hit]:
-        """As Retriever.search."""
-        return (await self.search_batch([query], k, **options))[0]
+        """As Retriever.search; queries that arrive together, with the same options, are searched together."""
+        where = options.pop("where", None)
+        if where is not None:
+            filters.check(where)
+            where = json.dumps(where, sort_keys=True)
+        return await self._together.submit((k, where, *sorted(options.items())), query)
 
     async def search_batch(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[list[Hit]]:
         """As Retriever.search_batch."""
@@ -217,6 +235,10 @@ class Router:
     async def reload(self) -> bool:
         """As Retriever.reload, of the router that happens to be asked."""
         return await asyncio.to_thread(self._retriever.reload)
+
+    def _search_together(self, asked: tuple[Any, ...], queries: list[str]) -> list[list[Hit]]:
+        k, where, *options = asked
+        return self._search(queries, k, {**dict(options), "where": None if where is None else json.loads(where)})
 
     def _search(self, queries: Sequence[str], k: int, options: Mapping[str, Any]) -> list[list[Hit]]:
         try:

@@ -206,9 +206,14 @@ def _search_answer(answer: Answer, request: schema.SearchRequest) -> schema.Sear
 def _hit(hit: Hit, wanted: frozenset[str] | None, *, texts: bool) -> schema.SearchHit:
     snippet = None
     if wanted is not None:
-        text, words = excerpt(hit.text, wanted)
-        title_words = [place for place, _ in words_in(hit.title, wanted)]
-        snippet = schema.Snippet(text=text, words=words, title_words=title_words)
+        text, start, words = excerpt(hit.text, wanted)
+        snippet = schema.Snippet(
+            text=text,
+            before=start > 0,
+            after=start + len(text) < len(hit.text),
+            words=words,
+            title_words=[place for place, _ in words_in(hit.title, wanted)],
+        )
     return schema.SearchHit(
         rank=hit.rank,
         id=hit.id,

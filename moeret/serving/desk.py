@@ -16,12 +16,14 @@ from moeret.models.model import check_texts
 from moeret.retrieval.batching import Batcher
 from moeret.retrieval.search import Retriever
 from moeret.serving.measures import Measures
-from moeret.types import Hit, Route
+from moeret.types import BASE_EXPERT, Hit, Route
 
 _LOG = logging.getLogger("moeret.serve")
-_WARM = (1, 4, 16)
-"""Queries that are searched together before the service is ready, and then one with each expert, so that no client waits for
-programs to be compiled or for an expert to be merged with the base."""
+_WARM = (
+    *(["a " * words] for words in (4, 8, 12, 20, 28, 44, 60, 90)),
+    *(["a " * 100] * texts for texts in (1, 2, 3, 4)),
+)
+"""Queries of the lengths and numbers for which there are programs: no client shall wait for one to be compiled."""
 
 Side = Literal["query", "document"]
 
@@ -99,11 +101,14 @@ class Desk:
         return sum(map(len, self.retriever.model.base.tokenizer(list(texts))))
 
     def _warm_up(self) -> None:
-        for count in _WARM:
-            self.retriever.search_batch(["warm up"] * count)
-        for name in self.retriever.model.experts:
+        model = self.retriever.model
+        for texts in _WARM:
+            for experts in ({BASE_EXPERT: 1.0}, dict.fromkeys(model.experts[:2], 0.5)):
+                model.encode_query(texts, expert=experts)
+        for name in model.experts:  # merges each with the base
             if name in self.retriever.sizes:
-                self.retriever.search("warm up", route=name)
+                self.retriever.search("a", route=name)
+        self.retriever.search("a")
 
     def _search(self, options: Options, queries: list[str]) -> list[Answer]:
         wanted = {**options._asdict(), "where": None if options.where is None else json.loads(options.where)}

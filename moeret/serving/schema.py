@@ -53,6 +53,8 @@ class Snippet(BaseModel):
     """Part of a hit's text, and where in it and in the title the query's words stand."""
 
     text: str
+    before: bool = Field(description="whether the text begins before it")
+    after: bool = Field(description="whether the text goes on behind it")
     words: list[tuple[int, int]] = Field(description="[start, end) of each word in the snippet")
     title_words: list[tuple[int, int]] = Field(description="[start, end) of each word in the title")
 

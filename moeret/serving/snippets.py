@@ -14,9 +14,10 @@ _READ = 20_000
 
 
 class Excerpt(NamedTuple):
-    """Part of a text, and where in it the query's words stand."""
+    """Part of a text, where it begins there, and where in it the query's words stand."""
 
     text: str
+    start: int
     words: list[Range]
 
 
@@ -33,7 +34,7 @@ def excerpt(text: str, stems: frozenset[str], width: int = 240) -> Excerpt:
     found = words_in(text, stems)
     start, end = _window(text, found, width)
     inside = [(a - start, b - start) for (a, b), _ in found if start <= a and b <= end]
-    return Excerpt(text[start:end], inside)
+    return Excerpt(text[start:end], start, inside)
 
 
 def _window(text: str, found: Sequence[tuple[Range, str]], width: int) -> Range:

@@ -70,6 +70,17 @@ def test_one_query_gives_the_same_hits(served, index):
         served.search.remote(QUERIES[0], 0).result()
 
 
+def test_queries_that_arrive_together_get_their_own_hits(served, index):
+    here = moeret.Retriever.load(index)
+    wheres = [None, {"part": {"gte": 2}}, {"part": 1}]
+    asked = [(query, where, served.search.remote(query, 5, where=where)) for query in QUERIES * 3 for where in wheres]
+    for query, where, found in asked:
+        assert [hit.id for hit in found.result()] == [hit.id for hit in here.search(query, 5, where=where)]
+    here.close()
+    with pytest.raises(moeret.ConfigError, match="above"):
+        served.search.remote(QUERIES[0], where={"part": {"above": 1}}).result()
+
+
 def test_a_query_asks_its_experts_alone(index):
     from moeret.retrieval.ray_serving import OnServe, Replica
 

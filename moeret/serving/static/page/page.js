@@ -2,7 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 const copy = (id) => at(`${id}-template`).content.firstElementChild.cloneNode(true);
-const STAGES = { wait: "waiting", embed: "embedding and routing", search: "searching", fetch: "fetching" };
+const STAGES = { wait: "wait", embed: "embed and route", search: "search", fetch: "fetch texts" };
 const MOST_BARS = 8;
 let asked = 0;
 
@@ -48,16 +48,20 @@ function bar(name, share, value, chosen) {
 
 function hitItem(hit) {
   const item = copy("hit");
+  item.dataset.id = hit.id;
   const title = item.querySelector("h4");
   title.append(`${hit.rank}. `);
   if (hit.title) marked(title, hit.title, hit.snippet.title_words);
   else title.append(hit.id);
-  marked(item.querySelector(".text"), hit.snippet.text, hit.snippet.words);
+  const text = item.querySelector(".text");
+  if (hit.snippet.before) text.append("… ");
+  marked(text, hit.snippet.text, hit.snippet.words);
+  if (hit.snippet.after) text.append(" …");
   const badge = document.createElement("span");
   badge.className = "badge";
   badge.textContent = hit.expert;
   const facts = Object.entries(hit.metadata).map(([name, value]) => `${name}: ${JSON.stringify(value)}`);
-  item.querySelector(".facts").append(badge, [hit.id, `score ${hit.score.toFixed(3)}`, ...facts].join(" · "));
+  item.querySelector(".facts").append(badge, " ", [hit.id, `score ${hit.score.toFixed(3)}`, ...facts].join(" · "));
   return item;
 }
 
