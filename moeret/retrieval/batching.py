@@ -1,4 +1,4 @@
-"""Calls that arrive together are answered together: embedding eight queries takes hardly longer than one.
+"""Calls that arrive together are answered together: queries are embedded faster in one batch than one by one.
 
 A batch begins when the one before it is done, with what has arrived meanwhile, so that batches grow with the load and nobody
 waits for them without it. Only where nothing is running does a call wait, for a few milliseconds, for others that arrive with it.

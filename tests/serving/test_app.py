@@ -179,7 +179,7 @@ def test_who_asks_too_much_is_told_to_come_again(retriever):
     config = ServeConfig(most_waiting=2, wait=0, reload_every=0)
     with TestClient(make_app(slow, config)) as client, ThreadPoolExecutor(8) as threads:
         found = slow.rank
-        slow.rank = lambda *own, **how: begun.set() or go_on.wait(20) and found(*own, **how)
+        slow.rank = lambda *own, **how: begun.set() or (go_on.wait(20) and found(*own, **how))
         answers = [threads.submit(client.post, "/search", json={"query": "gold"})]
         assert begun.wait(20)  # it is being answered, and waits no more
         answers += [threads.submit(client.post, "/search", json={"query": f"gold {number}"}) for number in range(7)]
