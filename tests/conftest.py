@@ -88,11 +88,19 @@ def write_base(
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     kinds = ["Transformer", "Pooling", "Normalize"]
-    modules = [{"path": "1_Pooling" if kind == "Pooling" else "", "type": f"x.models.{kind}"} for kind in kinds]
+    modules = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": "1_Pooling" if kind == "Pooling" else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(kinds)
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir(exist_ok=True)
     modes = {f"pooling_mode_{mode}": mode.startswith(pooling) for mode in ("cls_token", "mean_tokens", "max_tokens")}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": WIDTH, **modes}))
     tensors = base_tensors(len(vocabulary), prefix, old_names, seed, positions)
     save_file(tensors, folder / "model.safetensors")
 

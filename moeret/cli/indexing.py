@@ -178,27 +178,46 @@ class Verify:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """Write an index's vectors, ids and metadata, and where a query goes, for those who search with something else."""
+    """Write an index for those who search, or an expert for those who embed, with something else."""
 
-    index: IndexFolder
-    """Index directory."""
+    source: tyro.conf.Positional[Path]
+    """Index directory; for the formats of an expert a model's."""
     out: Path
     """Folder to make."""
-    to: Literal["parquet", "hnswlib"] = "parquet"
-    """parquet: a file for each expert. hnswlib: a graph for each expert and the documents of its labels."""
+    to: Annotated[
+        Literal["parquet", "hnswlib", "sentence-transformers", "peft"], tyro.conf.arg(aliases=["--format"])
+    ] = "parquet"
+    """Of an index, parquet: vectors, ids and metadata, a file for each expert; hnswlib: a graph for each expert and the documents
+    of its labels. Of an expert, sentence-transformers: merged with the base; peft: a LoRA adapter."""
+    expert: str | None = None
+    """The expert, or `shared`."""
     json: bool = False
-    """Print what routing.json says."""
+    """Print what routing.json says, or where the expert is."""
 
     def run(self) -> None:
+        if self.to in ("sentence-transformers", "peft"):
+            self._export_expert()
+            return
         from moeret.retrieval.export import export_index
 
-        table = export_index(self.index, self.out, self.to)
+        require(self.expert is None, f"--expert goes with --to sentence-transformers or peft, not with {self.to}")
+        table = export_index(self.source, self.out, self.to)
         if self.json:
             print_json(table)
             return
         for own in table["experts"]:
             OUT.print(f"{self.out / own['file']}  {own['documents']:,} documents", markup=False)
         OUT.print(f"{self.out / 'routing.json'}", markup=False)
+
+    def _export_expert(self) -> None:
+        from moeret.models.portable import export_expert
+
+        require(self.expert is not None, f"--to {self.to} wants --expert NAME")
+        out = export_expert(self.source, self.expert, self.out, self.to)
+        if self.json:
+            print_json({"expert": self.expert, "format": self.to, "out": str(out)})
+        else:
+            OUT.print(f"{out}", markup=False)
 
 
 def _print_index(published: Any, as_json: bool) -> None:

@@ -26,6 +26,7 @@ from moeret.models.experts import (
     few_experts,
     fold,
     gather,
+    joined,
     only_experts,
     take,
     trunk_layers,
@@ -137,15 +138,18 @@ class Embedder:
         other._kept = {}
         return other
 
+    def delta(self, expert: int) -> Bank:
+        """All that an expert adds to the base, as one delta: its own, and its part of the shared one."""
+        own = take(self.bank, expert)
+        return own if self._shared is None else joined(own, self._shared, float(self._strengths[expert]))
+
     def alone(self, expert: int) -> "Embedder":
         """One expert, merged with its part of the shared delta, as a base of its own.
 
         Its delta is added to the matrices once, and what runs are the base's own programs.
         """
         exact = self.base_encoder.params
-        params = fold(exact, take(self.bank, expert))
-        if self._shared is not None:
-            params = fold(params, self._shared, float(self._strengths[expert]))
+        params = fold(exact, self.delta(expert))
         other = self.with_bank(jax.tree.map(lambda leaf: leaf[:1], self.bank))
         other.base_encoder = dataclasses.replace(self.base_encoder, params=params)
         # What no delta changes stays one array for all experts.

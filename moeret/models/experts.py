@@ -118,6 +118,20 @@ def gather(bank: Bank, shared: Bank | None, mixture: Mixture, texts: Int[Array, 
     return {layer: {matrix: gather_matrix(layer, matrix) for matrix in matrices} for layer, matrices in bank.items()}
 
 
+def joined(one: Bank, other: Bank, strength: float) -> Bank:
+    """The sum of two deltas (no leading axis), the second times its strength, as one delta of both ranks."""
+    return {
+        layer: {
+            matrix: {
+                "a": np.concatenate([factors["a"], other[layer][matrix]["a"]], axis=1),
+                "b": np.concatenate([factors["b"], strength * np.asarray(other[layer][matrix]["b"])]),
+            }
+            for matrix, factors in matrices.items()
+        }
+        for layer, matrices in one.items()
+    }
+
+
 def fold(params: nnx.State, delta: Bank, strength: float = 1.0) -> nnx.State:
     """An encoder's parameters with a delta (no leading axis), times its strength, added to the matrices themselves."""
     folded = nnx.to_pure_dict(params)

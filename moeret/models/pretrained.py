@@ -7,6 +7,7 @@ optionally modules.json with a pooling module. It is named by such a folder or b
 import importlib.util
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from moeret import artifact
 from moeret.config import DEFAULT_BASE
@@ -115,6 +117,31 @@ def load_base(name: str, folder: Path) -> Base:
     params = _load_weights(folder / _WEIGHTS, config)
     digests = {file: artifact.sha256_of(path) for file, path in base_files(folder).items()}
     return Base(name, folder, config, params, tokenizer, _read_prompts(folder), artifact.fingerprint(digests))
+
+
+def write_base(base: Base, out: Path) -> None:
+    """Writes a base into a folder that is there, as it was read, but with the parameters that it has now.
+
+    Tensors of its file that moeret does not use (a pooler) are copied.
+    """
+    for name, path in base_files(base.folder).items():
+        if name != _WEIGHTS:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / name)
+    own = {}
+    for route, parameter in nnx.to_flat_state(base.params):
+        name, transposed = _tensor_name(route)
+        array = np.asarray(parameter[...], np.float32)
+        own[name] = np.ascontiguousarray(array.T if transposed else array)
+    with safe_open(base.folder / _WEIGHTS, framework="np") as file:
+        tensors = {key: own.get(_canonical(key)) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        tensors = {key: file.get_tensor(key) if array is None else array for key, array in tensors.items()}
+    save_file(tensors, out / _WEIGHTS, {"format": "pt"})
+
+
+def matrix_name(layer: int, matrix: str) -> str:
+    """The module that BERT's checkpoints have for one of a layer's matrices."""
+    return _tensor_name(("layers", layer, matrix, "kernel"))[0].removesuffix(".weight")
 
 
 def _read_json(path: Path, default: Any = None) -> Any:
