@@ -23,6 +23,7 @@ from moeret.retrieval import filters
 from moeret.retrieval.dispatch import LEAST_WEIGHT, Plan, make_plan, one_vector
 from moeret.retrieval.filters import Where
 from moeret.retrieval.fusion import Fusion, Ranking, fuse
+from moeret.retrieval.rerank import CANDIDATES, Rerank, reranked
 from moeret.retrieval.snapshot import Here, Places, Snapshot, model_of
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Document, Hit, Route
 
@@ -158,9 +159,10 @@ class Retriever:
         experts: int | None = None,
         fusion: Fusion | None = None,
         where: Where | None = None,
+        rerank: Rerank | None = None,
     ) -> list[Hit]:
         """The best `k` documents for a query; fewer only if the searched indexes hold fewer. See search_batch."""
-        return self.search_batch([query], k, route=route, experts=experts, fusion=fusion, where=where)[0]
+        return self.search_batch([query], k, route=route, experts=experts, fusion=fusion, where=where, rerank=rerank)[0]
 
     def search_batch(
         self,
@@ -171,6 +173,7 @@ class Retriever:
         experts: int | None = None,
         fusion: Fusion | None = None,
         where: Where | None = None,
+        rerank: Rerank | None = None,
     ) -> list[list[Hit]]:
         """The best `k` documents for each query.
 
@@ -188,11 +191,15 @@ class Retriever:
           where: only documents whose metadata fulfil this (see moeret.retrieval.filters), for example
             {"lang": "en", "year": {"gte": 2020}}. With the routes auto and all there are `k` hits, or all documents that fulfil
             it: a query whose own indexes have too few of them searches the others too.
+          rerank: scores the best hits (50, or `k`) anew, such as CrossEncoder(...).predict of sentence-transformers.
 
         Raises:
           ConfigError: an argument that makes no sense; nothing has been searched then.
         """
-        return self.hits(self.rank(queries, k, route=route, experts=experts, fusion=fusion, where=where))
+        _require_count(k, "k")
+        wanted = k if rerank is None else max(k, CANDIDATES)
+        found = self.hits(self.rank(queries, wanted, route=route, experts=experts, fusion=fusion, where=where))
+        return found if rerank is None else reranked(queries, found, rerank, k)
 
     def rank(
         self,
