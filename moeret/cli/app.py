@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 from moeret.cli.indexing import Compact, Export, Index, Rollback, Verify
 from moeret.cli.searching import Evaluate, Route, Search
 from moeret.cli.serving import Serve
-from moeret.cli.training import Experts, ExpertsAdd, Quickstart, Train
+from moeret.cli.training import Convert, Experts, ExpertsAdd, Quickstart, Train
 from moeret.errors import MoeretError
 from moeret.terminal import OUT, complain, fail
 
 Command = (
     Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Experts, tyro.conf.subcommand("experts")]
     | Annotated[Index, tyro.conf.subcommand("index")]

@@ -29,6 +29,30 @@ class Quickstart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Convert:
+    """Make a domain's folder out of training rows as sentence-transformers has them: anchor, positive, negatives.
+
+    Example: moeret convert law.jsonl --out data/law
+    """
+
+    file: tyro.conf.Positional[Path]
+    """JSONL (also .gz) with a row a line: "anchor" (or "query", "question"), "positive", and any "negative"s."""
+    out: Path
+    """BEIR folder to make."""
+    json: bool = False
+    """Print as JSON."""
+
+    def run(self) -> None:
+        from moeret.data.convert import convert_file
+
+        counts = convert_file(self.file, self.out)
+        if self.json:
+            print_json(counts)
+        else:
+            OUT.print(f"{self.out}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}", markup=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
     """Train one expert per domain and a router, and publish them as a model directory.
 

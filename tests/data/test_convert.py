@@ -1,0 +1,84 @@
+"""Rows of anchor, positive and negatives become a domain that can be read and trained on."""
+
+import gzip
+import json
+
+import pytest
+from conftest import write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moeret
+from moeret.cli import main
+from moeret.data.beir import read_domain
+from moeret.data.convert import convert_file, convert_rows
+
+ROWS = [
+    {"anchor": "who signs", "positive": "two directors sign", "negative": "the sea is deep"},
+    {"query": "who signs", "positive": ["a director", "two directors sign"]},
+    {"question": "how deep", "positive": "the sea is deep", "negative_1": "x", "negative_2": ["y", "x"], "label": 3},
+]
+
+
+def texts(folder):
+    """What a folder says: query text -> texts of its positives; and all documents' texts."""
+    domain = read_domain("law", folder, ("train",))
+    documents = {own.id: own.text for own in domain.corpus}
+    train = domain.splits["train"]
+    judged = {train.queries[id]: {documents[own] for own in qrels} for id, qrels in train.qrels.items()}
+    return judged, sorted(documents.values())
+
+
+def test_rows_become_a_domain(tmp_path):
+    assert convert_rows(ROWS, tmp_path / "law") == {"queries": 2, "documents": 5, "judgments": 3}
+    judged, documents = texts(tmp_path / "law")
+    assert judged == {"who signs": {"two directors sign", "a director"}, "how deep": {"the sea is deep"}}
+    assert documents == ["a director", "the sea is deep", "two directors sign", "x", "y"]
+
+
+text = st.text(min_size=1, max_size=8).filter(lambda own: own.strip() and own.isprintable())
+
+
+@given(rows=st.lists(st.tuples(text, text, st.lists(text, max_size=2)), min_size=1, max_size=12))
+def test_no_judgment_and_no_text_is_lost(tmp_path_factory, rows):
+    out = tmp_path_factory.mktemp("converted") / "law"
+    convert_rows(({"anchor": a, "positive": p, "negative": n} for a, p, n in rows), out)
+    judged, documents = texts(out)
+    assert {(query, own) for query, every in judged.items() for own in every} == {(a, p) for a, p, _ in rows}
+    assert documents == sorted({p for _, p, _ in rows} | {own for _, _, n in rows for own in n})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_command_converts_files(tmp_path, capsys, monkeypatch, packed):
+    path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+    lines = "\n".join(map(json.dumps, ROWS)).encode()
+    path.write_bytes(gzip.compress(lines) if packed else lines)
+    monkeypatch.setattr("sys.argv", ["moeret", "convert", str(path), "--out", str(tmp_path / "law"), "--json"])
+    main()
+    assert json.loads(capsys.readouterr().out) == {"queries": 2, "documents": 5, "judgments": 3}
+    assert len(texts(tmp_path / "law")[1]) == 5
+
+
+@pytest.mark.parametrize(("row", "told"), [
+    ({"positive": "x"}, "no anchor"), ({"anchor": "x"}, "no positive; it has anchor"), ({}, "it has nothing"),
+    ({"anchor": ["a"], "positive": 3}, "positive must be text"), ({"anchor": "", "positive": "x"}, "anchor must be text"),
+    ({"anchor": "a", "positive": []}, "positive must be text"), ({"anchor": "a", "positive": "p", "negative": [1]}, "negative"),
+    ({"anchor": "a", "positive": "\ud800"}, "Unicode"),
+])  # fmt: skip
+def test_rows_that_are_none_are_told_and_leave_nothing_behind(tmp_path, row, told):
+    with pytest.raises(moeret.DataError, match=f"row 2: .*{told}"):
+        convert_rows([ROWS[0], row], tmp_path / "law")
+    write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], row])
+    with pytest.raises(moeret.DataError, match=rf"rows\.jsonl, line 2: .*{told}"):
+        convert_file(tmp_path / "rows.jsonl", tmp_path / "law")
+    assert [own.name for own in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_nothing_is_overwritten_and_nothing_is_no_domain(tmp_path):
+    with pytest.raises(moeret.DataError, match="no rows"):
+        convert_rows([], tmp_path / "law")
+    (tmp_path / "law").mkdir()
+    with pytest.raises(moeret.ConfigError, match="there already"):
+        convert_rows(ROWS, tmp_path / "law")
+    with pytest.raises(moeret.ConfigError, match="JSONL file is wanted"):
+        convert_file(tmp_path / "rows.parquet", tmp_path / "other")
