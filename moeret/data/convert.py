@@ -19,8 +19,8 @@ def convert_rows(rows: Iterable[Mapping[str, Any]], out: str | Path) -> dict[str
     """Writes a new domain's folder, with all judgments in the train split, and returns how many it has of what.
 
     A row has `anchor` (or `query`, or `question`), `positive`, and any number of columns whose names begin with `negative`;
-    positives and negatives may be lists. Equal texts become one query or one document, whose id is a digest of its text. Negatives become
-    documents: in training every document that is no positive is one. Rows of a `datasets.Dataset` will do.
+    positives and negatives may be lists. Equal texts become one query or one document, whose id is a digest of its text.
+    Negatives become documents: in training every document that is no positive is one. Rows of a `datasets.Dataset` will do.
 
     Raises:
       ConfigError: `out` is there already.
