@@ -20,6 +20,7 @@ ONE_IMPORTER = {
     "ir_measures": "metrics.py",
     "langchain_core": "integrations/langchain.py",
     "llama_index": "integrations/llama_index.py",
+    "matplotlib": "evaluation/pictures.py",
     "orbax": "training/checkpoint.py",
     "prometheus_client": "serving/measures.py",
     "pyarrow": "data/records.py",

@@ -9,7 +9,7 @@ import tyro
 from safetensors import SafetensorError
 
 from moeret.cli.indexing import Compact, Export, Index, Rollback, Verify
-from moeret.cli.searching import Evaluate, Route, Search
+from moeret.cli.searching import Evaluate, Report, Route, Search
 from moeret.cli.serving import Serve
 from moeret.cli.training import Convert, Experts, ExpertsAdd, Quickstart, Train
 from moeret.errors import MoeretError
@@ -29,6 +29,7 @@ Command = (
     | Annotated[Route, tyro.conf.subcommand("route")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
 )
 
 

@@ -139,6 +139,35 @@ class Evaluate:
                 OUT.print(table)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Write one HTML file that shows what a model learned and how its index does: pictures first, numbers beneath."""
+
+    model: tyro.conf.Positional[Path]
+    """Model directory, with its folder training."""
+    index: tyro.conf.Positional[Path]
+    """Index that was built with it."""
+    domain: Domains
+    """NAME=BEIR_DIR of each domain to take queries from."""
+    out: Path = Path("report.html")
+    """File to write."""
+    split: str = "test"
+    """Which qrels to score on."""
+    json: bool = False
+    """Print where it is as JSON."""
+
+    def run(self) -> None:
+        from moeret.evaluation.report import write_report
+
+        domains = parse_domains([item for group in self.domain for item in group])
+        shown = not self.json
+        out = write_report(self.model, self.index, domains, self.out, split=self.split, show_progress_bar=shown)
+        if self.json:
+            print_json({"report": str(out)})
+        else:
+            OUT.print(f"{out}", markup=False)
+
+
 def _whole(text: str | None) -> int | None:
     require(text is None or text.isdecimal(), f"--experts must be a whole number or all, got {text!r}")
     return None if text is None else int(text)
