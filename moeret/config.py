@@ -123,9 +123,9 @@ class IndexConfig:
 
     M: int = 16
     """HNSW: links of a vector per layer."""
-    ef_construction: int = 200
+    ef_construction: int = 128
     """HNSW: candidates looked at when a vector is linked."""
-    ef: int = 160
+    ef: int = 200
     """HNSW: candidates looked at in a search."""
     exact_below: int = 2000
     """Segments with fewer vectors than this are searched exactly instead of by a graph."""
