@@ -56,7 +56,7 @@ def main() -> None:
                 config = IndexConfig(ef_construction=construction, exact_below=0)
                 began = time.process_time()
                 graph = as_given(every, config) if order == "as given" else build_vector_index(every, config).graph
-                row = [order, construction, f"{1000 * (time.process_time() - began) / len(every):.3f}"]
+                row = [order, str(construction), f"{1000 * (time.process_time() - began) / len(every):.3f}"]
                 for ef in SEARCHES:
                     graph.set_ef(ef)
                     began = time.process_time()
