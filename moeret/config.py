@@ -182,8 +182,8 @@ class ServeConfig:
         for name in ("batch_tokens", "most_waiting", "most_bytes", "most_characters", "most_hits", "most_texts"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(0 <= self.wait <= 1, f"wait must be in [0, 1] seconds, got {self.wait}")
-        require(self.deadline > 0, f"deadline must be positive, got {self.deadline}")
-        require(self.reload_every >= 0, f"reload_every must not be negative, got {self.reload_every}")
+        require(0 < self.deadline <= 3600, f"deadline must be in (0, 3600] seconds, got {self.deadline}")
+        require(0 <= self.reload_every < 1e9, f"reload_every must be in [0, 1e9) seconds, got {self.reload_every}")
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -139,7 +139,13 @@ def plane(points: Mapping[str, Float[np.ndarray, "_ 2"]]) -> str:
     with _drawn(out, 7.5, 4.6) as (axes,):
         for number, (name, own) in enumerate(points.items()):
             axes.scatter(
-                *own.T, s=5, alpha=0.5, color=_colour(number), marker=_MARKS[number // 10], label=name, linewidths=0
+                *own.T,
+                s=5,
+                alpha=0.5,
+                color=_colour(number),
+                marker=_MARKS[number // 10 % len(_MARKS)],
+                label=name,
+                linewidths=0,
             )
         axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second")
         axes.legend(fontsize=7, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))

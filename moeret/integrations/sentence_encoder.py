@@ -15,7 +15,8 @@ class SentenceEncoder:
     """Embeds texts as SentenceTransformer does: a text gives a vector [D], a list of texts a matrix [N, D], float32.
 
     Queries are embedded by `expert` (`auto`: the router decides for each), documents as the model's documents are: by the base
-    where they are all in its space, else by `expert` too. Batches are made by length, so there is no batch size to choose.
+    where they are all in its space, else by `expert` too, which must be named then. Batches are made by length: a `batch_size` is
+    taken and not needed.
 
     Raises:
       ArtifactError: the model is damaged.
@@ -39,8 +40,7 @@ class SentenceEncoder:
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        show_progress_bar: bool = False,
-        normalize_embeddings: bool = False,
+        **options: Any,
     ) -> Float[np.ndarray, "..."]:
         """Texts that are neither queries nor documents, embedded as queries, with no prompt unless one is given or named.
 
@@ -52,20 +52,16 @@ class SentenceEncoder:
             f"there is no prompt {prompt_name!r}; there are {', '.join(self.prompts) or 'none'}",
         )
         own = self.prompts[prompt_name] if prompt is None and prompt_name else prompt
-        return self.encode_query(
-            sentences,
-            prompt=own or "",
-            show_progress_bar=show_progress_bar,
-            normalize_embeddings=normalize_embeddings,
-        )
+        return self.encode_query(sentences, prompt=own or "", **options)
 
     def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Float[np.ndarray, "..."]:
-        """Queries; the options are Model.encode_query's."""
+        """Queries; the options are Model.encode_query's, and `batch_size` and `convert_to_numpy`."""
         return self._encoded(self.model.encode_query, sentences, self._expert, options)
 
     def encode_document(self, sentences: str | Sequence[str], **options: Any) -> Float[np.ndarray, "..."]:
-        """Documents; the options are Model.encode_document's."""
+        """Documents; the options are Model.encode_document's, and `batch_size` and `convert_to_numpy`."""
         expert = None if self.model.tower == "query" else self._expert
+        require(expert != "auto", "documents of this model are embedded by an expert: name one, not auto")
         return self._encoded(self.model.encode_document, sentences, expert, options)
 
     def similarity(
@@ -84,6 +80,8 @@ class SentenceEncoder:
     def _encoded(
         encode: Any, sentences: str | Sequence[str], expert: str | None, options: Mapping[str, Any]
     ) -> Float[np.ndarray, "..."]:
+        options = {name: value for name, value in options.items() if name != "batch_size"}
+        require(options.pop("convert_to_numpy", True), "vectors are numpy arrays; convert them afterwards")
         if isinstance(sentences, str):
             return encode([sentences], expert=expert, **options)[0]
         return encode(sentences, expert=expert, **options)

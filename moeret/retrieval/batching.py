@@ -81,12 +81,14 @@ class Batcher(Generic[Item, Answer]):
           OverloadError: too many calls wait.
           ClosedError: no more are taken.
           DeadlineError: there was no answer after so many seconds.
+          TypeError: the key is not hashable.
         """
+        hash(key)
         if self._closing:
             raise ClosedError("no more queries are taken: the service is being shut down")
         if len(self._waiting) >= self._most_waiting:
             raise OverloadError(f"{len(self._waiting)} queries wait already; ask again later")
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         call = _Call(key, item, self._cost(item), asyncio.get_running_loop().create_future())
         self._waiting.append(call)

@@ -47,6 +47,19 @@ def _stored(value: str | int | float) -> str | int | float:
     return value
 
 
+def to_json(where: Where) -> str:
+    """A filter as text, the same for equal ones; sets and tuples become lists."""
+    return json.dumps(where, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    return value.item()  # numpy's
+
+
 def check(where: Where) -> None:
     """Raises ConfigError where a filter makes no sense."""
     try:

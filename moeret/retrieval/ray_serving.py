@@ -225,7 +225,7 @@ class Router:
         where = options.pop("where", None)
         if where is not None:
             filters.check(where)
-            where = json.dumps(where, sort_keys=True)
+            where = filters.to_json(where)
         return await self._together.submit((k, where, *sorted(options.items())), query)
 
     async def search_batch(self, queries: Sequence[str], k: int = 10, **options: Any) -> list[list[Hit]]:
@@ -253,5 +253,5 @@ class Router:
             time.sleep(seconds)
             try:
                 self._retriever.reload()
-            except ArtifactError as error:
-                _LOG.warning("the index cannot be reloaded, the snapshot before is searched: %s", error)
+            except Exception:
+                _LOG.exception("the index cannot be reloaded, the snapshot before is searched")

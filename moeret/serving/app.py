@@ -2,27 +2,28 @@
 
 import base64
 import contextlib
-import json
 from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 
 from moeret.config import ServeConfig, require
 from moeret.data.lexical import stems
 from moeret.errors import ArtifactError, ConfigError, MoeretError
+from moeret.retrieval import filters
 from moeret.retrieval.batching import ClosedError, DeadlineError, OverloadError
 from moeret.retrieval.search import Retriever
 from moeret.serving import schema
 from moeret.serving.desk import Answer, Desk, Options
-from moeret.serving.guards import Guard
+from moeret.serving.guards import Guard, check_key
 from moeret.serving.measures import Measures
 from moeret.serving.snippets import excerpt, words_in
 from moeret.types import BASE_EXPERT, SHARED_EXPERT, Hit, Route
@@ -55,16 +56,13 @@ def make_app(retriever: Retriever, config: ServeConfig | None = None, *, key: st
     Raises:
       ConfigError: the key cannot stand in a header.
     """
-    require(
-        key is None or (key.isascii() and key.isprintable() and key.strip() == key != ""),
-        "the key must be printable ASCII",
-    )
+    check_key(key)
     config, measures = config or ServeConfig(), Measures()
     desk = Desk(retriever, config, measures)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await desk.open()
+        desk.open()
         yield
         await desk.close()
 
@@ -75,11 +73,14 @@ def make_app(retriever: Retriever, config: ServeConfig | None = None, *, key: st
         lifespan=lifespan,
         redoc_url=None,
         responses=_PROBLEMS,
+        dependencies=[Depends(HTTPBearer(auto_error=False))]
+        if key
+        else [],  # says so on the OpenAPI page; the Guard checks
     )
     _add_answers(app, desk, config)
     _add_openai(app, desk, config)
     _add_operations(app, desk, measures)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.mount("/page", StaticFiles(directory=PAGE / "page"))
     app.add_exception_handler(MoeretError, _refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _fail)
@@ -92,7 +93,9 @@ def _add_answers(app: FastAPI, desk: Desk, config: ServeConfig) -> None:
         """Search the index."""
         _check_query(request.query, config)
         require(request.k <= config.most_hits, f"k may be at most {config.most_hits} here, got {request.k}")
-        where = None if request.where is None else json.dumps(request.where, sort_keys=True)
+        where = None if request.where is None else filters.to_json(request.where)
+        most = config.most_characters
+        require(where is None or len(where) <= most, f"a filter may have at most {most} characters here")
         options = Options(request.k, request.route, request.experts, request.fusion, where)
         return _search_answer(await desk.search(request.query, options), request)
 
@@ -170,6 +173,14 @@ def _add_operations(app: FastAPI, desk: Desk, measures: Measures) -> None:
         """Whether it can answer."""
         response.status_code = 200 if desk.ready else 503
         return schema.State(status="ready" if desk.ready else "not ready")
+
+    for path, answer in (("/health", health), ("/ready", ready)):
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        """The page."""
+        return FileResponse(PAGE / "index.html")
 
     @app.get("/metrics")
     async def metrics() -> Response:

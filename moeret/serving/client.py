@@ -1,13 +1,14 @@
 """Clients of the service, one that waits and one for asyncio, from one source."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import httpx2
 import numpy as np
 
-from moeret.errors import MoeretError
-from moeret.retrieval.filters import Where
+from moeret.errors import ConfigError, MoeretError
+from moeret.retrieval.filters import Where, to_json
 from moeret.types import Hit, Route
 
 T = TypeVar("T")
@@ -38,7 +39,8 @@ class _Calls:
         where: Where | None = None,
     ) -> Any:
         """The best `k` hits for a query, as Retriever.search gives them."""
-        options = {"query": query, "k": k, "route": route, "experts": experts, "fusion": fusion, "where": where}
+        options: dict[str, Any] = {"query": query, "k": int(k), "route": route, "experts": experts, "fusion": fusion}
+        options["where"] = None if where is None else json.loads(to_json(where))
         return self._call("POST", "/search", options, lambda answer: [*map(_hit, answer["hits"])])
 
     def route(self, query: str) -> Any:
@@ -58,6 +60,8 @@ class _Calls:
         return self._call("GET", "/experts", None, lambda answer: answer)
 
     def _embed(self, texts: Sequence[str], expert: str, side: Literal["query", "document"]) -> Any:
+        if isinstance(texts, str):
+            raise ConfigError("inputs must be a list of strings; for one text pass [text]")
         body = {"texts": list(texts), "expert": expert, "input_type": side}
         return self._call("POST", "/embed", body, lambda answer: np.array(answer["embeddings"], np.float32))
 

@@ -4,14 +4,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from moeret.config import ServeConfig
-from moeret.errors import ArtifactError
+from moeret.config import ServeConfig, require
 from moeret.models.model import check_texts
 from moeret.retrieval.batching import Batcher
 from moeret.retrieval.search import Retriever
@@ -22,8 +21,11 @@ _LOG = logging.getLogger("moeret.serve")
 _WARM = (
     *(["a " * words] for words in (4, 8, 12, 20, 28, 44, 60, 90)),
     *(["a " * 100] * texts for texts in (1, 2, 3, 4)),
+    *(["a " * words] * texts for words, texts in ((150, 1), (150, 2), (400, 1))),
 )
-"""Queries of the lengths and numbers for which there are programs: no client shall wait for one to be compiled."""
+"""Queries of the lengths and numbers for which there are programs, so that clients hardly ever wait for one to be compiled."""
+_LONGEST = 512
+"""Tokens that are read of a text at most."""
 
 Side = Literal["query", "document"]
 
@@ -58,25 +60,25 @@ class Desk:
         self._texts: Batcher[list[str], np.ndarray] = Batcher(
             self._embed, cost=lambda texts: sum(map(_tokens, texts)), **limits
         )
-        self.ready = False
-        self._watching: asyncio.Task[None] | None = None
+        self.ready, self._closing = False, False
+        self._tasks: list[asyncio.Task[None]] = []
         measures.waiting.set_function(lambda: len(self._searches) + len(self._texts))
         self._count()
 
-    async def open(self) -> None:
-        """Warms up, and begins to look for new snapshots."""
-        await asyncio.to_thread(self._warm_up)
+    def open(self) -> None:
+        """Begins to warm up, and to look for new snapshots."""
+        self._tasks.append(asyncio.create_task(self._get_ready()))
         if self._config.reload_every:
-            self._watching = asyncio.create_task(self._watch())
-        self.ready = True
+            self._tasks.append(asyncio.create_task(self._watch()))
 
     async def close(self) -> None:
         """Takes nothing new, and returns when everything taken is answered."""
-        self.ready = False
-        if self._watching:
-            self._watching.cancel()
+        self.ready, self._closing = False, True
+        for task in self._tasks[1:]:
+            task.cancel()
         await self._searches.close()
         await self._texts.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def search(self, query: str, options: Options) -> Answer:
         """What Retriever.search finds, and how.
@@ -92,21 +94,45 @@ class Desk:
         return answer._replace(seconds={"wait": max(0.0, waited), **answer.seconds})
 
     async def embed(self, texts: Sequence[str], expert: str, side: Side) -> Float[np.ndarray, "N D"]:
-        """Unit vectors of queries or documents, as an expert (or `auto`, the base, `shared`) embeds them. Raises as `search`."""
+        """Unit vectors of queries or documents, as an expert (or `auto`, the base, `shared`) embeds them. Raises as `search`.
+
+        Documents are embedded by `auto` as the model's own are, by the base, where they are all in its space. What costs more
+        than a batch may goes in pieces, so that others come between and nothing is begun that nobody waits for.
+        """
         check_texts(texts, "texts")
-        return await self._texts.submit((expert, side), list(texts), self._config.deadline)
+        if side == "document" and expert == "auto":
+            require(
+                self.retriever.model.tower == "query",
+                "documents of this model are embedded by an expert: name one, not auto",
+            )
+            expert = BASE_EXPERT
+        ends, parts = time.monotonic() + self._config.deadline, []
+        for piece in _pieces(texts, self._config.batch_tokens):
+            left = max(0.0, ends - time.monotonic())
+            parts.append(await self._texts.submit((expert, side), piece, left))
+        return np.concatenate(parts)
 
     def tokens(self, texts: Sequence[str]) -> int:
         """How many tokens the base reads of these."""
         return sum(map(len, self.retriever.model.base.tokenizer(list(texts))))
 
+    async def _get_ready(self) -> None:
+        try:
+            await asyncio.to_thread(self._warm_up)
+            self.ready = not self._closing
+        except Exception:
+            _LOG.exception("the service cannot search its index, and will not be ready")
+
     def _warm_up(self) -> None:
         model = self.retriever.model
+        mixes = ({BASE_EXPERT: 1.0}, dict.fromkeys(model.experts[:2], 0.5))
         for texts in _WARM:
-            for experts in ({BASE_EXPERT: 1.0}, dict.fromkeys(model.experts[:2], 0.5)):
+            for experts in mixes:
+                if self._closing:
+                    return
                 model.encode_query(texts, expert=experts)
         for name in model.experts:  # merges each with the base
-            if name in self.retriever.sizes:
+            if name in self.retriever.sizes and not self._closing:
                 self.retriever.search("a", route=name)
         self.retriever.search("a")
 
@@ -138,13 +164,26 @@ class Desk:
                 if await asyncio.to_thread(self.retriever.reload):
                     self._count()
                     _LOG.info("searches go to snapshot %d from now on", self.retriever.index.snapshot)
-            except (ArtifactError, OSError) as error:
-                _LOG.warning("the index cannot be reloaded, the snapshot before is searched: %s", error)
+            except Exception:
+                _LOG.exception("the index cannot be reloaded, the snapshot before is searched")
 
     def _count(self) -> None:
         self._measures.snapshot(self.retriever.index.snapshot, self.retriever.sizes)
 
 
 def _tokens(text: str) -> int:
-    """About how many tokens a text has."""
-    return 2 + len(text) // 4
+    """About how many tokens of a text are read."""
+    return min(2 + len(text) // 4, _LONGEST)
+
+
+def _pieces(texts: Sequence[str], budget: int) -> Iterator[list[str]]:
+    """Neighbours together, as long as they cost no more than the budget."""
+    piece: list[str] = []
+    left = budget
+    for text in texts:
+        if piece and _tokens(text) > left:
+            yield piece
+            piece, left = [], budget
+        piece.append(text)
+        left -= _tokens(text)
+    yield piece

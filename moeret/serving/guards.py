@@ -1,6 +1,7 @@
 """What stands before the service: who may ask, how large a request may be, how long it may take to arrive, and what is counted."""
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -10,6 +11,8 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from moeret.config import require
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,6 +24,8 @@ OPEN = ("/", "/page/", "/health", "/ready", "/docs", "/static-offline-docs/", "/
 _LOG = logging.getLogger("moeret.serve")
 _ARRIVAL = 10.0
 """Seconds in which a request's head, and then its body, must have arrived."""
+_DISCARDING, _DISCARDED = 2.0, 2**24
+"""Seconds, and bytes, of a refused request's body that are read and thrown away before it is answered."""
 _HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 _POLICY = b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 _DOCS_POLICY = _POLICY + b"; img-src 'self' data:; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'"
@@ -33,6 +38,13 @@ class Refused(Exception):
     def __init__(self, status: int, detail: str):
         super().__init__(detail)
         self.status = status
+
+
+def check_key(key: str | None) -> None:
+    """Raises ConfigError if the key cannot stand in a header."""
+    if key is not None:
+        good = key.isascii() and key.isprintable() and key.strip() == key != ""
+        require(good, "the key must be printable ASCII, and not empty")
 
 
 class Guard:
@@ -61,6 +73,7 @@ class Guard:
             body = await self._body(scope, receive)
             await self._app(scope, _replayed(body, receive), counted)
         except Refused as refused:
+            await _discard(receive)
             await _answer(counted, refused.status, str(refused), close=True)
         except Exception:  # it has been answered
             _LOG.exception("a request for %s failed", scope["path"])
@@ -76,7 +89,8 @@ class Guard:
         ):
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self._key.encode()):
             raise Refused(401, "this service wants a key: send the header Authorization: Bearer KEY")
 
     async def _body(self, scope: Message, receive: Receive) -> bytes:
@@ -100,6 +114,18 @@ class Guard:
                         return b"".join(parts)
         except TimeoutError:
             raise Refused(408, f"the request's body did not arrive within {_ARRIVAL:g} seconds") from None
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads on for a while: a client that is still sending would not hear the answer."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING):
+            while size < _DISCARDED:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -57,6 +57,7 @@ class Measures:
     def snapshot(self, number: int, documents: Mapping[str, int]) -> None:
         """A snapshot is searched from now on."""
         self._snapshot.set(number)
+        self._documents.clear()
         for name, count in documents.items():
             self._documents.labels(name).set(count)
 

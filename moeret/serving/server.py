@@ -8,9 +8,10 @@ from pathlib import Path
 import uvicorn
 
 from moeret.config import Precision, ServeConfig, require
+from moeret.errors import ConfigError
 from moeret.retrieval.search import Retriever
 from moeret.serving.app import make_app
-from moeret.serving.guards import ImpatientProtocol
+from moeret.serving.guards import ImpatientProtocol, check_key
 from moeret.terminal import complain
 
 _BESIDE = 64
@@ -48,15 +49,20 @@ def serve(
 
     Raises:
       ArtifactError: the index is damaged or unfinished.
-      ConfigError: an argument that makes no sense.
-      OSError: the port is taken, or the address is not this machine's.
+      ConfigError: an argument that makes no sense, the port is taken, or the address is not this machine's.
     """
     config = config or ServeConfig()
     require(0 <= port < 65536, f"port must be in [0, 65535], got {port}")
+    check_key(key)
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening.bind((host, port))  # it listens once the index is loaded
     except OSError as error:
-        raise OSError(error.errno, error.strerror, f"{host} port {port}") from None
+        listening.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
+        ) from None
     with listening:
         app = make_app(Retriever.load(index, precision=precision), config, key=key)
         server = _Server(

@@ -80,6 +80,9 @@ def test_a_sentence_encoder_embeds_as_its_model(model):
         np.testing.assert_array_equal(encoder.encode_query(QUERIES), queries)
         np.testing.assert_allclose(encoder.encode(QUERIES[1]), queries[1], atol=1e-5)
         np.testing.assert_array_equal(encoder.encode_document(QUERIES), model.encode_document(QUERIES))
+    np.testing.assert_array_equal(encoder.encode_query(QUERIES, batch_size=2, convert_to_numpy=True), queries)
+    with pytest.raises(moeret.ConfigError, match="numpy"):
+        encoder.encode(QUERIES, convert_to_numpy=False)
     assert encoder.encode(QUERIES[0]).shape == (encoder.get_embedding_dimension(),) == (16,)
 
 
@@ -103,6 +106,11 @@ def test_two_towers_embed_documents_by_the_expert(both):
     model = both.model
     encoder = SentenceEncoder(model, "fruit")
     np.testing.assert_array_equal(encoder.encode_document(QUERIES), model.encode_document(QUERIES, expert="fruit"))
+
+
+def test_documents_of_two_towers_want_an_expert(both):
+    with pytest.raises(moeret.ConfigError, match="name one, not auto"):
+        SentenceEncoder(both.model).encode_document(["x"])
 
 
 def test_the_examples_in_the_docs_run(model_folder, index_folder, tmp_path, monkeypatch, capsys):

@@ -148,3 +148,13 @@ def test_closing_answers_what_was_taken_and_takes_no_more():
 
     assert asyncio.run(run()) == [*range(5)]
     asyncio.run(batches_of()[0].close())  # also where nothing was ever asked
+
+
+def test_a_key_that_cannot_be_compared_is_refused_and_harms_nobody():
+    async def run():
+        batcher, _ = batches_of()
+        with pytest.raises(TypeError):
+            await batcher.submit(["a"], 1)
+        return await batcher.submit("a", 2)
+
+    assert asyncio.run(run()) == ("a", 2)

@@ -284,7 +284,7 @@ def test_an_unfinished_job_goes_on_for_the_same_request_only(tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             build_index(model_folder, tmp_path / "index", two_domains)
     with pytest.raises(
-        moeret.ConfigError, match=r"unfinished job for other things \(ef 160 -> 50\).*delete .*building"
+        moeret.ConfigError, match=r"unfinished job for other things \(ef 200 -> 50\).*delete .*building"
     ):
         build_index(model_folder, tmp_path / "index", two_domains, config=IndexConfig(ef=50))
     other = build_index(model_folder, tmp_path / "index", two_domains, config=IndexConfig(ef=50), overwrite=True)
@@ -336,7 +336,7 @@ def test_the_same_request_again_returns_the_index_without_building(monkeypatch, 
 
 def test_another_request_is_refused_and_says_what_differs(index, model_folder, two_domains, domains):
     before = artifact.read(index, "index").fingerprint
-    with pytest.raises(moeret.ConfigError, match=r"made from other things \(ef 160 -> 50\).*--overwrite"):
+    with pytest.raises(moeret.ConfigError, match=r"made from other things \(ef 200 -> 50\).*--overwrite"):
         build_index(model_folder, index, two_domains, config=IndexConfig(ef=50))
     with pytest.raises(moeret.ConfigError, match="domain metal"):
         build_index(model_folder, index, {"fruit": domains["fruit"]})

@@ -1,8 +1,10 @@
 """The service answers as a Retriever does, and tells askers what is wrong with what they asked."""
 
 import base64
+import contextlib
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from shutil import copytree
 
@@ -18,6 +20,15 @@ from moeret.serving.app import make_app
 SMALL = ServeConfig(most_bytes=2000, most_characters=100, most_hits=20, most_texts=3, reload_every=0)
 
 
+@contextlib.contextmanager
+def started(*arguments, **options):
+    """A client of a service that has warmed up."""
+    with TestClient(make_app(*arguments, **options), raise_server_exceptions=False) as client:
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.01)
+        yield client
+
+
 @pytest.fixture(scope="module")
 def retriever(index_folder):
     return moeret.Retriever.load(index_folder)
@@ -25,7 +36,7 @@ def retriever(index_folder):
 
 @pytest.fixture(scope="module")
 def service(retriever):
-    with TestClient(make_app(retriever, SMALL), raise_server_exceptions=False) as client:
+    with started(retriever, SMALL) as client:
         yield client
 
 
@@ -95,6 +106,36 @@ def test_embeddings_are_the_models(service, retriever):
     )
 
 
+def test_documents_are_embedded_as_the_models_own_unless_an_expert_is_named(service, retriever, both):
+    texts, body = QUERIES[:2], {"texts": QUERIES[:2], "input_type": "document"}
+    expected = retriever.model.encode_document(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(service.post("/embed", json=body).json()["embeddings"], expected, atol=1e-5)
+    with started(both, SMALL) as client:
+        answer = client.post("/embed", json=body)
+        assert answer.status_code == 422 and "name one, not auto" in answer.json()["detail"]
+        answer = client.post("/embed", json={**body, "expert": "fruit"}).json()
+        expected = both.model.encode_document(texts, expert="fruit", normalize_embeddings=True)
+        np.testing.assert_allclose(answer["embeddings"], expected, atol=1e-5)
+
+
+def test_many_texts_are_embedded_in_pieces_and_given_up_between_them(retriever):
+    own, pieces = moeret.Retriever.load(retriever.index.root), []
+    encode = own.model.encode_query
+    with started(own, ServeConfig(batch_tokens=20, reload_every=0, deadline=0.5)) as client:
+        own.model.encode_query = lambda texts, **how: pieces.append(texts) or encode(texts, **how)
+        texts = [f"gold and silver {number}" for number in range(30)]
+        answer = client.post("/embed", json={"texts": texts, "expert": "metal"})
+        np.testing.assert_allclose(
+            answer.json()["embeddings"], encode(texts, expert="metal", normalize_embeddings=True), atol=1e-5
+        )
+        assert [text for piece in pieces for text in piece] == texts and len(pieces) > 5
+        pieces.clear()
+        own.model.encode_query = lambda texts, **how: time.sleep(0.2) or pieces.append(texts) or encode(texts, **how)
+        assert client.post("/embed", json={"texts": texts, "expert": "metal"}).status_code == 504
+        time.sleep(0.5)
+        assert len(pieces) < 5  # nobody waits for the rest
+
+
 def test_openais_embeddings_in_both_formats(service, retriever):
     body = {"input": QUERIES[:2], "model": "metal"}
     floats = service.post("/v1/embeddings", json=body).json()
@@ -130,6 +171,7 @@ def test_the_experts_are_told(service, retriever):
     ("/search", {"query": "x", "experts": 0}, "experts"),
     ("/search", {"query": "x", "fusion": "sum"}, "fusion"),
     ("/search", {"query": "x", "where": {"year": {"above": 3}}}, "above"),
+    ("/search", {"query": "x", "where": {"year": {"in": [*range(40)]}}}, "filter may have at most 100 characters"),
     ("/search", [], "body"),
     ("/embed", {"texts": []}, "texts"),
     ("/embed", {"texts": ["a"] * 4}, "at most 3 texts"),
@@ -165,7 +207,7 @@ def test_large_bodies_are_refused(service):
 
 def test_a_fault_inside_is_told_without_its_trace(retriever, caplog):
     broken = moeret.Retriever.load(retriever.index.root)
-    with TestClient(make_app(broken, SMALL), raise_server_exceptions=False) as client:
+    with started(broken, SMALL) as client:
         broken.rank = None
         answer = client.post("/search", json={"query": "gold"})
         assert answer.status_code == 500
@@ -177,7 +219,7 @@ def test_a_fault_inside_is_told_without_its_trace(retriever, caplog):
 def test_who_asks_too_much_is_told_to_come_again(retriever):
     slow, begun, go_on = moeret.Retriever.load(retriever.index.root), threading.Event(), threading.Event()
     config = ServeConfig(most_waiting=2, wait=0, reload_every=0)
-    with TestClient(make_app(slow, config)) as client, ThreadPoolExecutor(8) as threads:
+    with started(slow, config) as client, ThreadPoolExecutor(8) as threads:
         found = slow.rank
         slow.rank = lambda *own, **how: begun.set() or (go_on.wait(20) and found(*own, **how))
         answers = [threads.submit(client.post, "/search", json={"query": "gold"})]
@@ -194,7 +236,7 @@ def test_who_asks_too_much_is_told_to_come_again(retriever):
 
 def test_what_takes_too_long_is_given_up(retriever):
     slow, go_on = moeret.Retriever.load(retriever.index.root), threading.Event()
-    with TestClient(make_app(slow, ServeConfig(deadline=0.2, reload_every=0))) as client:
+    with started(slow, ServeConfig(deadline=0.2, reload_every=0)) as client:
         slow.rank = lambda *own, **how: go_on.wait(20)
         answer = client.post("/search", json={"query": "gold"})
         go_on.set()
@@ -202,7 +244,7 @@ def test_what_takes_too_long_is_given_up(retriever):
 
 
 def test_a_key_is_asked_for_where_there_is_one(retriever):
-    with TestClient(make_app(retriever, SMALL, key="s3cret")) as client:
+    with started(retriever, SMALL, key="s3cret") as client:
         for headers in (
             {},
             {"authorization": "Bearer other"},
@@ -214,7 +256,7 @@ def test_a_key_is_asked_for_where_there_is_one(retriever):
                 assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer", path
         for path in ("/", "/page/page.js", "/health", "/ready", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200, path
-        headers = {"authorization": "Bearer s3cret"}
+        headers = {"authorization": "bearer s3cret"}
         assert client.post("/search", json={"query": "gold"}, headers=headers).status_code == 200
     for key in ("", "två", " x", "a\nb"):
         with pytest.raises(moeret.ConfigError, match="printable ASCII"):
@@ -225,7 +267,11 @@ def test_it_is_ready_from_warm_to_closing(retriever):
     client = TestClient(make_app(retriever, SMALL))
     assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 503)
     with client:
+        assert client.get("/health").status_code == 200  # also while it warms up
+        while client.get("/ready").status_code == 503:
+            time.sleep(0.01)
         assert client.get("/ready").json() == {"status": "ready"}
+        assert [client.head(path).status_code for path in ("/ready", "/health")] == [200, 200]
     assert client.get("/ready").status_code == 503
     assert client.post("/search", json={"query": "gold"}).status_code == 503
 
@@ -233,7 +279,7 @@ def test_it_is_ready_from_warm_to_closing(retriever):
 def test_a_new_snapshot_is_searched_without_a_dropped_query(index_folder, tmp_path):
     index = copytree(index_folder, tmp_path / "index")
     write_jsonl(tmp_path / "new.jsonl", [{"_id": "new", "text": "gold and silver and tin and zinc"}])
-    with TestClient(make_app(moeret.Retriever.load(index), ServeConfig(reload_every=0.05))) as client:
+    with started(moeret.Retriever.load(index), ServeConfig(reload_every=0.05)) as client:
         stop, answers = threading.Event(), []
 
         def ask():
@@ -262,6 +308,13 @@ def test_the_page_and_the_openapi_page_ask_no_other_host(service):
     assert "default-src 'self'" in service.get("/").headers["content-security-policy"]
     paths = service.get("/openapi.json").json()["paths"]
     assert {"/search", "/route", "/embed", "/v1/embeddings", "/experts", "/health", "/ready", "/metrics"} <= {*paths}
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/search", 405), ("POST", "/serach", 404), ("DELETE", "/health", 405), ("POST", "/", 405),
+])  # fmt: skip
+def test_methods_and_paths_that_are_not_there(service, method, path, status):
+    assert service.request(method, path).status_code == status
 
 
 @pytest.mark.parametrize("path", [

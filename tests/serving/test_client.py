@@ -50,6 +50,12 @@ def test_the_client_gives_what_the_retriever_gives(served):
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
         documents = retriever.model.encode_document(QUERIES, expert="base", normalize_embeddings=True)
         np.testing.assert_allclose(client.encode_document(QUERIES), documents, atol=1e-5)
+        sets = {"in": {"law", "jobs"}}
+        assert client.search("gold", np.int64(3), where={"part": sets}) == retriever.search(
+            "gold", 3, where={"part": sets}
+        )
+        with pytest.raises(moeret.ConfigError, match="list of strings"):
+            client.encode_query("gold")
         assert {own["name"] for own in client.experts()["experts"]} == {"base", "fruit", "metal"}
 
 

@@ -1,6 +1,7 @@
 """Slow and broken clients are bounded; a service that is told to end answers what it has taken."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -104,7 +105,18 @@ def test_a_port_that_is_taken_is_said_before_the_index_is_read(tmp_path):
         command = [sys.executable, "-m", "moeret.cli", "serve", str(tmp_path), "--port", port]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "in use" in done.stderr and port in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "in use; choose another with --port" in done.stderr and port in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+def test_a_body_that_is_too_large_is_refused_and_its_sender_hears_it(start):
+    _, port = start("--most-bytes", "1000")
+    for size in (1001, 10**6, 10**7):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", "/search", body=b"x" * size)
+        assert connection.getresponse().status == 413
+        connection.close()
 
 
 def test_open_paths_open_nothing_else():
