@@ -33,11 +33,11 @@ _DOCS_POLICY = _POLICY + b"; img-src 'self' data:; script-src 'self' 'unsafe-inl
 
 
 class Refused(Exception):
-    """A request that is not passed on: its status, and what its sender is told."""
+    """A request that is not passed on: its status, what its sender is told, and whether more of it may come."""
 
-    def __init__(self, status: int, detail: str):
+    def __init__(self, status: int, detail: str, *, more: bool = True):
         super().__init__(detail)
-        self.status = status
+        self.status, self.more = status, more
 
 
 def check_key(key: str | None) -> None:
@@ -73,7 +73,8 @@ class Guard:
             body = await self._body(scope, receive)
             await self._app(scope, _replayed(body, receive), counted)
         except Refused as refused:
-            await _discard(receive)
+            if refused.more:
+                await _discard(receive)
             await _answer(counted, refused.status, str(refused), close=True)
         except Exception:  # it has been answered
             _LOG.exception("a request for %s failed", scope["path"])
@@ -96,20 +97,20 @@ class Guard:
     async def _body(self, scope: Message, receive: Receive) -> bytes:
         """The whole body."""
         told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        too_large = Refused(413, f"a request's body may have at most {self._most_bytes} bytes")
+        too_large = f"a request's body may have at most {self._most_bytes} bytes"
         if int(told) > self._most_bytes:  # the server has checked that it is a number
-            raise too_large
+            raise Refused(413, too_large)
         parts, size = [], 0
         try:
             async with asyncio.timeout(_ARRIVAL):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise Refused(400, "the request was broken off")
+                        raise Refused(400, "the request was broken off", more=False)
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > self._most_bytes:
-                        raise too_large
+                        raise Refused(413, too_large, more=bool(message.get("more_body")))
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
