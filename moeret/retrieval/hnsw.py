@@ -182,7 +182,7 @@ def _by_nearness(vectors: Float[np.ndarray, "V D"], seed: int) -> Int[np.ndarray
 
     Linked in this order, a vector's candidates are those that the processor's caches have just had. What a graph finds depends
     on the order too (Elliott and Clark, "The Impacts of Data, Ordering, and Intrinsic Dimensionality on Recall in Hierarchical
-    Navigable Small Worlds", 2024); by this one it finds no less.
+    Navigable Small Worlds", 2024); by this one it finds about as much.
     """
     count = min(_PIVOTS, -(-len(vectors) // _PER_PIVOT))
     pivots = vectors[np.random.default_rng(seed).choice(len(vectors), count, replace=False)]
