@@ -94,9 +94,11 @@ class Batcher(Generic[Item, Answer]):
         self._waiting.append(call)
         self._arrived.set()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as limit:
                 return await call.answer
         except TimeoutError:
+            if not limit.expired():  # the answer's own
+                raise
             raise DeadlineError(f"there was no answer after {seconds:g} seconds") from None
         finally:
             if not call.answer.done():

@@ -34,8 +34,9 @@ _OVERSAMPLED = 1.5
 _EXACT_PER_ASKED = 16
 """Vectors that are compared exactly in about the time in which a graph finds one."""
 _PIVOTS, _PER_PIVOT = 1024, 64
-"""Vectors by which the others are put in order before they are linked: one in so many, at most so many."""
+"""Vectors by which the others are put in order before they are linked: at most so many, and one for so many others."""
 _COLUMNS = 64
+"""Of vectors that are put in order in place, at a time."""
 
 
 class Allowed(NamedTuple):
@@ -186,8 +187,8 @@ def _by_nearness(vectors: Float[np.ndarray, "V D"], seed: int) -> Int[np.ndarray
     """
     count = min(_PIVOTS, -(-len(vectors) // _PER_PIVOT))
     pivots = vectors[np.random.default_rng(seed).choice(len(vectors), count, replace=False)]
-    nearest = np.concatenate([(vectors[part] @ pivots.T).argmax(axis=1) for part in _parts(len(vectors))])
-    return np.argsort(nearest, kind="stable")
+    nearest = [(vectors[part] @ pivots.T).argmax(axis=1) for part in _parts(len(vectors))]
+    return np.argsort(np.concatenate([np.empty(0, np.int64), *nearest]), kind="stable")
 
 
 def write_vector_index(draft: Draft, name: str, segment: VectorIndex) -> dict[str, Any]:

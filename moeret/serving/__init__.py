@@ -1,1 +1,1 @@
-"""An index as an HTTP service. Needs the extra `serve`; the client needs nothing."""
+"""An index as an HTTP service. Needs the extra `serve`; the client the extra `client`."""

@@ -1,5 +1,6 @@
 """The service: paths in, answers out. What answers is the Desk; what may pass is the Guard's to say."""
 
+import asyncio
 import base64
 import contextlib
 from collections.abc import AsyncIterator, Sequence
@@ -66,6 +67,7 @@ def make_app(retriever: Retriever, config: ServeConfig | None = None, *, key: st
         yield
         await desk.close()
 
+    secured = [Depends(HTTPBearer(auto_error=False))] if key else []  # for the OpenAPI page: the Guard checks
     app = FastAPIOffline(
         title="moeret",
         version=version("moeret"),
@@ -73,9 +75,7 @@ def make_app(retriever: Retriever, config: ServeConfig | None = None, *, key: st
         lifespan=lifespan,
         redoc_url=None,
         responses=_PROBLEMS,
-        dependencies=[Depends(HTTPBearer(auto_error=False))]
-        if key
-        else [],  # says so on the OpenAPI page; the Guard checks
+        dependencies=secured,
     )
     _add_answers(app, desk, config)
     _add_openai(app, desk, config)
@@ -97,7 +97,8 @@ def _add_answers(app: FastAPI, desk: Desk, config: ServeConfig) -> None:
         most = config.most_characters
         require(where is None or len(where) <= most, f"a filter may have at most {most} characters here")
         options = Options(request.k, request.route, request.experts, request.fusion, where)
-        return _search_answer(await desk.search(request.query, options), request)
+        found = await desk.search(request.query, options)
+        return await asyncio.to_thread(_search_answer, found, request)  # snippets of many hits take a while
 
     @app.post("/route")
     async def route(request: schema.RouteRequest) -> schema.RouteAnswer:
@@ -150,7 +151,7 @@ def _add_openai(app: FastAPI, desk: Desk, config: ServeConfig) -> None:
             )
             for number, own in enumerate(vectors)
         ]
-        tokens = desk.tokens(texts)
+        tokens = await asyncio.to_thread(desk.tokens, texts)
         usage = schema.Usage(prompt_tokens=tokens, total_tokens=tokens)
         return schema.EmbeddingsAnswer(data=data, model=request.model, usage=usage)
 

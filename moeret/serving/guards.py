@@ -6,7 +6,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import h11
@@ -75,7 +75,7 @@ class Guard:
         except Refused as refused:
             if refused.more:
                 await _discard(receive)
-            await _answer(counted, refused.status, str(refused), close=True)
+            await _answer(counted, refused)
         except Exception:  # it has been answered
             _LOG.exception("a request for %s failed", scope["path"])
         finally:
@@ -143,15 +143,15 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _answer(send: Send, status: int, detail: str, *, close: bool = False) -> None:
-    headers: Iterable[tuple[bytes, bytes]] = [(b"content-type", b"application/json")]
-    if close:  # what is left of the request is not read
-        headers = [*headers, (b"connection", b"close")]
-    if status == 401:
-        headers = [*headers, (b"www-authenticate", b"Bearer")]
-    body = json.dumps({"detail": detail}).encode()
-    headers = [*headers, (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def _answer(send: Send, refused: Refused) -> None:
+    body = json.dumps({"detail": str(refused)}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),  # what is left of the request is not read
+        *([(b"www-authenticate", b"Bearer")] if refused.status == 401 else []),
+    ]
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -158,3 +158,12 @@ def test_a_key_that_cannot_be_compared_is_refused_and_harms_nobody():
         return await batcher.submit("a", 2)
 
     assert asyncio.run(run()) == ("a", 2)
+
+
+def test_an_answers_own_timeout_is_told_as_it_is():
+    async def run():
+        batcher, _ = batches_of(lambda key, items: [TimeoutError("a replica is slow")])
+        await batcher.submit("a", 1)
+
+    with pytest.raises(TimeoutError, match="a replica is slow"):
+        asyncio.run(run())

@@ -130,6 +130,11 @@ def test_every_duplicate_is_found_in_row_order(config):
     assert rows.tolist() == rows[np.lexsort((rows, -scores))].tolist()
 
 
+def test_a_graph_of_nothing_can_be_made():
+    index = index_of(np.empty((0, WIDTH), np.float32))
+    assert index.graph.element_count == len(index.vectors) == len(index.rows) == 0
+
+
 def test_documents_with_one_vector_only_still_make_a_graph():
     index = index_of(np.repeat(vectors_of(1), 50, axis=0))
     [(rows, _)] = index.search(vectors_of(1), 10)
