@@ -213,6 +213,15 @@ def test_search_takes_a_number_of_experts_or_all(chain):
     assert len(done("search", chain.index, QUERY, "--k", 2, "--json").json["hits"]) == 2
 
 
+def test_without_hybrid_the_cosine_alone_counts(chain):
+    scores = {}
+    for option in ("--hybrid", "--no-hybrid"):
+        found = done("search", chain.index, QUERY, "--experts", "all", "-k", 99, option, "--json").json["hits"]
+        scores[option] = {(hit["expert"], hit["id"]): hit["score"] for hit in found}
+    alone = moeret.Retriever.load(chain.index, hybrid=False).search(QUERY, 99, route="all")
+    assert {(hit.expert, hit.id): hit.score for hit in alone} == scores["--no-hybrid"] != scores["--hybrid"]
+
+
 def test_any_text_can_be_searched_and_comes_out_as_it_went_in(chain):
     for query in ("🦊 apple", "שלום", "a\tb\nc", "x" * 10_000):
         assert done("search", chain.index, query, "--json").json["query"] == query

@@ -28,6 +28,8 @@ class Search:
     """At most this many experts, or `all` to search every index; unless given, as the router decides."""
     where: str | None = None
     """Only documents whose metadata fulfil this JSON, for example '{"lang": "en", "year": {"gte": 2020}}'."""
+    hybrid: bool = True
+    """Whether words (BM25) and memories count beside the cosine, as training chose for each expert."""
     json: bool = False
     """Print hits and route as JSON."""
 
@@ -36,7 +38,7 @@ class Search:
 
         route, experts = ("all", None) if self.experts == "all" else ("auto", _whole(self.experts))
         where = None if self.where is None else _filter(self.where)
-        retriever = Retriever.load(self.index)
+        retriever = Retriever.load(self.index, hybrid=self.hybrid)
         found = retriever.rank([self.query], self.k, route=route, experts=experts, where=where)
         [hits], [routed] = retriever.hits(found), found.routes
         if self.json:
@@ -112,6 +114,8 @@ class Evaluate:
     """Also score BM25 over the pool, the base in one HNSW over the pool, and the oracle."""
     precision: Precision = "float32"
     """Of the products that embed queries; bfloat16 is faster where the processor multiplies it."""
+    hybrid: bool = True
+    """Whether words (BM25) and memories count beside the cosine, as training chose for each expert."""
     run_file: Annotated[Path | None, tyro.conf.arg(name="run", metavar="FILE.trec")] = None
     """Write the route's hits as a TREC run."""
     json: bool = False
@@ -124,7 +128,7 @@ class Evaluate:
 
         domains = parse_domains([item for group in self.domain for item in group])
         report = evaluate(
-            Retriever.load(self.index, precision=self.precision),
+            Retriever.load(self.index, precision=self.precision, hybrid=self.hybrid),
             domains,
             split=self.split,
             route=self.route,

@@ -27,6 +27,8 @@ class Serve:
     """Port to listen on."""
     precision: Precision = "float32"
     """Of the products that embed queries; bfloat16 is faster where the processor multiplies it."""
+    hybrid: bool = True
+    """Whether words (BM25) and memories count beside the cosine, as training chose for each expert."""
     config: Annotated[ServeConfig, Flat] = field(default_factory=ServeConfig)
 
     def run(self) -> None:
@@ -35,4 +37,5 @@ class Serve:
         except ImportError as error:
             raise ConfigError(f"serving needs more libraries ({error}); run pip install 'moeret[serve]'") from None
         key = os.environ.get("MOERET_KEY")
-        serve(self.index, self.host, self.port, config=self.config, key=key, precision=self.precision)
+        options = {"key": key, "precision": self.precision, "hybrid": self.hybrid}
+        serve(self.index, self.host, self.port, config=self.config, **options)

@@ -60,17 +60,27 @@ class Retriever:
         self.fusion: Fusion = "score" if model.tower == "query" else "calibrated"
 
     @classmethod
-    def load(cls, index: str | Path, *, model: Model | None = None, precision: Precision | None = None) -> "Retriever":
+    def load(
+        cls,
+        index: str | Path,
+        *,
+        model: Model | None = None,
+        precision: Precision | None = None,
+        hybrid: bool = True,
+    ) -> "Retriever":
         """Loads an index with the model that it holds, or with `model`, which must be the one it was built with.
 
         `precision` is of the products that embed queries, the model's own unless given (see Model.in_precision), whatever the
-        documents were embedded in.
+        documents were embedded in. Without `hybrid` documents are ranked by cosine alone: no `blends`.
 
         Raises:
           ArtifactError: the index or its model is damaged, unfinished, or `model` is another one.
           ConfigError: there is no such precision.
         """
-        return cls.of(Here(), index, model=model, precision=precision)
+        retriever = cls.of(Here(), index, model=model, precision=precision)
+        if not hybrid:
+            retriever.blends = {}
+        return retriever
 
     @classmethod
     def of(

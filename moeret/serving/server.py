@@ -36,6 +36,7 @@ def serve(
     config: ServeConfig | None = None,
     key: str | None = None,
     precision: Precision | None = None,
+    hybrid: bool = True,
 ) -> None:
     """Serves an index over HTTP until the process is told to end (SIGTERM or SIGINT); what has been taken is then answered.
 
@@ -46,6 +47,7 @@ def serve(
       config: what is taken, and how long it may take.
       key: if given, requests must carry the header `Authorization: Bearer KEY`.
       precision: of the products that embed queries, as for Retriever.load.
+      hybrid: whether words and memories count beside the cosine, as for Retriever.load.
 
     Raises:
       ArtifactError: the index is damaged or unfinished.
@@ -64,7 +66,7 @@ def serve(
             f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
         ) from None
     with listening:
-        app = make_app(Retriever.load(index, precision=precision), config, key=key)
+        app = make_app(Retriever.load(index, precision=precision, hybrid=hybrid), config, key=key)
         server = _Server(
             uvicorn.Config(
                 app,

@@ -166,8 +166,7 @@ def expected_hits(retriever, query_vector, names, k):
 
 @pytest.mark.parametrize(("route", "expert"), [("base", None), ("fruit", "fruit"), ("metal", "metal"), ("all", "auto")])
 def test_a_route_searches_its_indexes_with_its_experts_vector(index_folder, route, expert):
-    retriever = Retriever.load(index_folder)
-    retriever.blends = {}
+    retriever = Retriever.load(index_folder, hybrid=False)
     retriever.model.query_router = dataclasses.replace(retriever.model.query_router, familiarity=None)
     names = [route] if route in ("fruit", "metal") else ["fruit", "metal"]
     vectors = retriever.model.encode_query(QUERIES, expert=expert, normalize_embeddings=True)
