@@ -131,10 +131,12 @@ def _parse(root: Path, manifest: Path, kind: str) -> Artifact:
         raise ArtifactError(f"cannot read {manifest}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{manifest} is damaged ({type(error).__name__}: {error}); make the {kind} anew") from None
-    if found != (_format(kind), kind):
+    if found[1] != kind:
+        raise ArtifactError(f"{root} is {_a(str(found[1]))}; expected {_a(kind)}")
+    if found[0] != _format(kind):
         raise ArtifactError(
-            f"{root} is {_a(str(found[1]))} in format {found[0]}; expected {_a(kind)} in format {_format(kind)}"
-            + ("; another version of moeret made it, make it anew" if found[1] == kind else "")
+            f"{root} is {_a(kind)} in format {found[0]}; expected {_a(kind)} in format {_format(kind)}; "
+            "another version of moeret made it, make it anew"
         )
     if artifact.fingerprint != _fingerprint_of(kind, artifact.meta, files):
         raise ArtifactError(

@@ -130,8 +130,14 @@ class Retriever:
         return True
 
     def close(self) -> None:
-        """Gives the index's files back."""
+        """Gives the index's files back; leaving a `with` does it too."""
         self._snapshot.close()
+
+    def __enter__(self) -> "Retriever":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def index(self) -> Artifact:

@@ -252,7 +252,10 @@ async def _fail(request: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Says where a request is wrong, without repeating what may be large or no JSON."""
-    problems = [
-        f"{'.'.join(map(str, own['loc']))}: {own['msg'].removeprefix('Value error, ')}" for own in error.errors()[:10]
-    ]
+
+    def place(parts: tuple[str | int, ...]) -> str:
+        # Where one of several types is wanted, parts name the types of our code too.
+        return ".".join(str(part) for part in parts if isinstance(part, int) or part.isidentifier())
+
+    problems = [f"{place(own['loc'])}: {own['msg'].removeprefix('Value error, ')}" for own in error.errors()[:10]]
     return JSONResponse({"detail": "; ".join(problems)}, 422)

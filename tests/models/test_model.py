@@ -212,7 +212,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"neither a moeret model .* nor a base encoder"):
         moeret.Model.load(tmp_path)
     artifact.Draft(tmp_path, "index").publish({})
-    with pytest.raises(ArtifactError, match="expected a model in format"):
+    with pytest.raises(ArtifactError, match=r"is an index; expected a model$"):
         moeret.Model.load(tmp_path)
 
 

@@ -356,7 +356,7 @@ def test_a_half_written_index_says_what_to_do(tmp_path, index_folder):
 def test_what_is_no_index_says_so(tmp_path, model_folder):
     with pytest.raises(moeret.ArtifactError, match=r"no index at .*nowhere: there is no such directory"):
         Retriever.load(tmp_path / "nowhere")
-    with pytest.raises(moeret.ArtifactError, match=r"is a model .*expected a.? index"):
+    with pytest.raises(moeret.ArtifactError, match=r"is a model; expected an index$"):
         Retriever.load(model_folder)
 
 
@@ -371,3 +371,15 @@ def test_eight_threads_find_what_one_finds(graphs):
 def test_an_unknown_fusion_is_refused(retriever):
     with pytest.raises(moeret.ConfigError, match="no fusion 'sum'; choose one of score, rrf, calibrated"):
         retriever.search("apple", fusion="sum")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list open files")
+def test_after_a_with_no_file_of_the_index_is_open(index_folder):
+    def opened():
+        files = (Path(entry).readlink() for entry in list(Path("/proc/self/fd").iterdir()) if entry.is_symlink())
+        return [file for file in files if file.is_relative_to(index_folder)]
+
+    before = opened()
+    with Retriever.load(index_folder) as retriever:
+        assert retriever.search("gold") and len(opened()) > len(before)
+    assert opened() == before
