@@ -18,6 +18,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import tyro
@@ -53,7 +55,7 @@ class Arguments:
 
 
 class Service:
-    """`moeret serve` in a process of its own."""
+    """`moeret serve` in a process of its own, ready to answer."""
 
     def __init__(self, arguments: Arguments, *options: str, port: int = 0):
         command = [sys.executable, "-m", "moeret.cli", "serve", str(arguments.index), "--port", str(port), *options]
@@ -63,6 +65,16 @@ class Service:
         if told is None:
             raise SystemExit("the service did not start")
         self.url, self.port = told[0], int(told[1])
+        while not self._ready():
+            time.sleep(0.1)
+
+    def _ready(self) -> bool:
+        if self._process.poll() is not None:
+            raise SystemExit("the service ended before it was ready")
+        try:
+            return urlopen(f"{self.url}/ready").status == 200
+        except HTTPError:  # 503: programs are still compiled
+            return False
 
     def mebibytes(self) -> float:
         """What the process holds in memory."""
