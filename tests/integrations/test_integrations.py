@@ -1,8 +1,6 @@
 """Other libraries' retrievers and embeddings give what a Retriever and a Model give."""
 
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from conftest import QUERIES
 import moeret
 from moeret.integrations.sentence_encoder import SentenceEncoder
 
-ROOT = Path(__file__).parents[2]
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # it reports its use to its makers unless told not to
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
 
@@ -111,14 +108,3 @@ def test_two_towers_embed_documents_by_the_expert(both):
 def test_documents_of_two_towers_want_an_expert(both):
     with pytest.raises(moeret.ConfigError, match="name one, not auto"):
         SentenceEncoder(both.model).encode_document(["x"])
-
-
-def test_the_examples_in_the_docs_run(model_folder, index_folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "model").symlink_to(model_folder)
-    (tmp_path / "index").symlink_to(index_folder)
-    monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/integrations.md").read_text(), re.DOTALL)
-    assert len(examples) == 4
-    for example in examples:
-        exec(example, {})
-        assert capsys.readouterr().out

@@ -1,9 +1,7 @@
 """Both clients give what a Retriever gives."""
 
 import asyncio
-import re
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,16 +69,6 @@ def test_the_asynchronous_client_does_too(served):
     for query, hits in zip(QUERIES, found, strict=True):
         same(hits, retriever.search(query, 5))
     assert vectors.dtype == np.float32 and vectors.shape == (len(QUERIES), 16)
-
-
-def test_the_example_in_the_docs_runs(served):
-    retriever, url = served
-    page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
-    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {}
-    exec(example.replace("http://localhost:8000", url), names)
-    same(names["hits"], retriever.search("who may sign for the company", 5))
-    assert names["vectors"].shape == (1, 16)
 
 
 def test_what_is_refused_is_told(served):
