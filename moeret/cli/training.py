@@ -119,6 +119,8 @@ class ExpertsAdd:
     """NAME=BEIR_DIR of each new domain."""
     label_free: bool = False
     """Nobody has judged queries: make them from the titles and texts of corpus.jsonl, which then is all that is read."""
+    peft: Path | None = None
+    """Folder of a PEFT LoRA adapter for the model's base that becomes the expert, instead of one that is trained."""
     config: Annotated[tyro.conf.OmitSubcommandPrefixes[TrainConfig], Flat] = field(default_factory=TrainConfig)
     json: bool = False
     """Print the model's experts as JSON."""
@@ -129,9 +131,12 @@ class ExpertsAdd:
 
         domains = parse_domains([item for group in self.domain for item in group])
         require(bool(domains), "there is no domain to add; give at least one --domain NAME=BEIR_DIR")
+        require(
+            self.peft is None or len(domains) == 1, "--peft is one domain's expert: give one --domain NAME=BEIR_DIR"
+        )
         read_domains(domains, label_free=self.label_free)  # all are fit before the first is trained
         for name, path in domains.items():
-            options = {"label_free": self.label_free, "show_progress_bar": not self.json}
+            options = {"label_free": self.label_free, "peft": self.peft, "show_progress_bar": not self.json}
             published = add_expert(self.model, name, path, config=self.config, **options)
         _print_experts(published.meta, self.json)
 

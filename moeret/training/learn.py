@@ -131,12 +131,20 @@ def learn(
     config: TrainConfig,
     work: Path,
     *,
+    given: experts.Bank | None = None,
     own_strengths: Sequence[float] = OWN,
     show_progress_bar: bool,
 ) -> Learned:
-    """Trains the domains' experts, merges them with the shared delta where there is one, and chooses how much of each to use."""
+    """Trains the domains' experts, merges them with the shared delta where there is one, and chooses how much of each to use.
+
+    A bank of experts that is `given` is taken instead of being trained. They may be of people who knew the base alone: using
+    nothing of the shared delta is always among what is tried.
+    """
     tower = (QueryTower if config.tower == "query" else BothTowers)(data, embedder)
-    fitted = fit_experts(data, embedder, tower, config, work, show_progress_bar=show_progress_bar)
+    if given is None:
+        fitted = fit_experts(data, embedder, tower, config, work, show_progress_bar=show_progress_bar)
+    else:
+        fitted = Fitted(given, np.zeros(len(data.sets), np.int32))
     every = np.ones(len(data.sets), bool)
     before = tower.base()
     tried = try_strengths(fitted.bank, shared, lambda bank, merged: tower.values(bank, every, merged), own_strengths)

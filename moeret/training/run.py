@@ -23,6 +23,7 @@ from moeret.models.embed import Embedder
 from moeret.models.memory import Blend
 from moeret.models.mesh import local_mesh
 from moeret.models.model import KIND, VECTORS, WORK, Model, Profile, read_profile, read_routers, read_shared
+from moeret.models.portable import adapter_digests, read_adapter
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
 from moeret.processes import is_first, wait_for_all
@@ -140,21 +141,29 @@ def add_expert(
     *,
     config: TrainConfig | None = None,
     label_free: bool = False,
+    peft: str | Path | None = None,
     show_progress_bar: bool = False,
 ) -> Artifact:
     """Trains one more expert for a published model and refits its router; no other expert's file changes.
 
     The other domains take part through their profiles: their documents as negatives, their queries for the router. With
     `label_free` only the folder's corpus is read, queries are made from its documents' titles and texts, the expert has a
-    fixed strength (0 where it gains nothing on them), and words count as much as for the base.
+    fixed strength (0 where it gains nothing on them), and words count as much as for the base. The folder of a LoRA adapter for
+    the model's base, as PEFT saves it, is the expert instead of training steps where it is given as `peft`: all else, how much of
+    it is used too, is chosen as for an expert that was trained.
     `config`'s tower and expert shape are the model's. Continues a run that was cut off, as `train` does.
 
     Raises:
-      ConfigError: the model has an expert of that name already, made from other data or settings.
+      ConfigError: the model has an expert of that name already, made from other data or settings; or the adapter is none, of
+        another base, or larger than the model's experts.
       DataError, BusyError: as for `train`.
     """
     check_name(name)
-    model, domain = Path(model), Path(domain)
+    model, domain, peft = Path(model), Path(domain), peft and Path(peft)
+    require(
+        not (peft and label_free),
+        "how much of an adapter to use is told by judged queries: label_free does not go with peft",
+    )
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
     with writing(model):
         loaded = Model.load(model)
@@ -166,8 +175,10 @@ def add_expert(
             asked, has = getattr(config, field), getattr(own, field)
             require(asked in (default, has), f"every expert of {model} has {field} {has}; it cannot be {asked}")
         config = dataclasses.replace(config, tower=own.tower, expert=own.expert)
+        delta = peft and read_adapter(peft, loaded.base, config.expert)
         read = read_domains({name: domain}, label_free=label_free)
         request = {**to_json(config), f"domain {name}": source_digests(domain, label_free=label_free)}
+        request |= {"adapter": adapter_digests(peft)} if peft else {}
         if name in loaded.experts:
             entry = published.meta["experts"][loaded.experts.index(name)]
             require(
@@ -199,6 +210,7 @@ def add_expert(
             blends,
             config,
             work,
+            given=delta and experts.stack([delta]),
             own_strengths=LABEL_FREE if label_free else OWN,
             show_progress_bar=show_progress_bar,
         )
