@@ -7,6 +7,7 @@ MoeretError
     BusyError          another process is writing it
   BaseEncoderError     a pretrained encoder that cannot be found or loaded
   CheckpointError      a training run that cannot be continued
+  HubError             the Hugging Face hub does not answer, or refuses
 
 Each message says what was wrong, where, and what to do.
 """
@@ -38,3 +39,7 @@ class BaseEncoderError(MoeretError):
 
 class CheckpointError(MoeretError):
     """A training run that cannot be continued."""
+
+
+class HubError(MoeretError):
+    """The Hugging Face hub does not answer, or refuses."""

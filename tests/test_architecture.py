@@ -9,14 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moeret"
 ORDER = ["words", "data", "models", "training retrieval", "evaluation serving integrations", "quickstart", "cli"]
-WORDS = {"errors", "types", "config", "artifact", "lock", "metrics", "processes", "progress", "terminal"}
+WORDS = {"errors", "types", "config", "artifact", "hub", "lock", "metrics", "processes", "progress", "terminal"}
 ONE_IMPORTER = {
     "bm25s": "data/lexical.py",
     "fastapi": "serving/app.py",
     "haystack": "integrations/haystack.py",
     "hnswlib": "retrieval/hnsw.py",
     "httpx2": "serving/client.py",
-    "huggingface_hub": "models/pretrained.py",
+    "huggingface_hub": "hub.py",
     "ir_measures": "metrics.py",
     "langchain_core": "integrations/langchain.py",
     "llama_index": "integrations/llama_index.py",

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from moeret.cli.indexing import Compact, Export, Index, Rollback, Verify
 from moeret.cli.searching import Evaluate, Report, Route, Search
 from moeret.cli.serving import Serve
+from moeret.cli.sharing import Pull, Push
 from moeret.cli.training import Convert, Experts, ExpertsAdd, Quickstart, Train
 from moeret.errors import MoeretError
 from moeret.terminal import OUT, complain, fail
@@ -25,6 +26,8 @@ Command = (
     | Annotated[Rollback, tyro.conf.subcommand("rollback")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Push, tyro.conf.subcommand("push")]
+    | Annotated[Pull, tyro.conf.subcommand("pull")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Route, tyro.conf.subcommand("route")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
@@ -58,6 +61,8 @@ def main() -> None:
         place = error.filename2 or error.filename
         fail(f"{error.strerror or error}{f': {place}' if place else ''}; what was published is whole")
     except KeyboardInterrupt:
-        resumable = isinstance(getattr(command, "command", command), Quickstart | Train | Index | Compact | ExpertsAdd)
+        resumable = isinstance(
+            getattr(command, "command", command), Quickstart | Train | Index | Compact | ExpertsAdd | Pull
+        )
         complain("interrupted" + ("; the same command goes on from where it was saved last" if resumable else ""))
         sys.exit(130)

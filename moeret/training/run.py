@@ -28,6 +28,7 @@ from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
 from moeret.processes import is_first, wait_for_all
 from moeret.training.blend import Blended, DevBlends
+from moeret.training.hours import counted
 from moeret.training.learn import Learned, LearnedShared, learn, learn_shared
 from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
 from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
@@ -74,7 +75,7 @@ def train(
         "base": encoder.fingerprint,
         **{f"domain {name}": source_digests(path) for name, path in domains.items()},
     }
-    with writing(out) if is_first() else nullcontext():
+    with writing(out) if is_first() else nullcontext(), counted(out, "train") as start:
         if artifact.exists(out):
             finished = artifact.read(out, KIND)
             _require_same(
@@ -87,6 +88,7 @@ def train(
                 "use `moeret experts`, or choose another directory",
             )
             return finished
+        start(request)
         nothing = experts.base_alone(encoder.config, config.expert)
         embedder = Embedder(encoder, nothing, mesh=local_mesh(model_devices))
         work = _open_work(out / WORK, request)
@@ -165,7 +167,7 @@ def add_expert(
         "how much of an adapter to use is told by judged queries: label_free does not go with peft",
     )
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
-    with writing(model):
+    with writing(model), counted(model, f"add {name}") as start:
         loaded = Model.load(model)
         published = loaded.published
         shape = {key: tuple(v) if isinstance(v, list) else v for key, v in published.meta["expert"].items()}
@@ -186,6 +188,7 @@ def add_expert(
                 f"{model} already has an expert {name}, made from other data or settings; remove it first",
             )
             return published
+        start(request)
         # Its negatives are the other experts' documents: another set of experts is another run.
         work = _open_work(model / WORK / f"add-{name}", {**request, "model": published.fingerprint})
         profiles = [read_profile(published, entry["profile"]) for entry in published.meta["experts"]]
