@@ -12,6 +12,7 @@ ORDER = ["words", "data", "models", "training retrieval", "evaluation serving in
 WORDS = {"errors", "types", "config", "artifact", "hub", "lock", "metrics", "processes", "progress", "terminal"}
 ONE_IMPORTER = {
     "bm25s": "data/lexical.py",
+    "datasets": "data/convert.py",
     "fastapi": "serving/app.py",
     "haystack": "integrations/haystack.py",
     "hnswlib": "retrieval/hnsw.py",

@@ -9,6 +9,7 @@ import tyro
 from moeret.cli.arguments import Domains, Flat
 from moeret.config import DEFAULT_BASE, TrainConfig, require
 from moeret.data.beir import parse_domains
+from moeret.data.convert import Columns, convert_dataset, convert_file
 from moeret.terminal import OUT, print_json
 
 
@@ -32,20 +33,32 @@ class Quickstart:
 class Convert:
     """Make a domain's folder out of training rows as sentence-transformers has them: anchor, positive, negatives.
 
-    Example: moeret convert law.jsonl --out data/law
+    Examples: moeret convert law.jsonl --out data/law,
+    moeret convert --dataset somebody/law --split train --anchor question --positive answer --out data/law
     """
 
-    file: tyro.conf.Positional[Path]
-    """JSONL (also .gz) with a row a line: "anchor" (or "query", "question"), "positive", and any "negative"s."""
+    file: tyro.conf.Positional[Path | None] = None
+    """JSONL (also .gz) with a row a line: "anchor" (or "query", "question"), "positive" (or "answer"), and any "negative"s."""
+    dataset: str | None = None
+    """Instead of a file, a data set: OWNER/NAME on the Hugging Face hub, or a folder; needs pip install ".[datasets]"."""
+    subset: str | None = None
+    """With --dataset: its subset (configuration), where it has several."""
+    split: str = "train"
+    """With --dataset: its split."""
+    columns: Annotated[tyro.conf.OmitArgPrefixes[Columns], Flat] = field(default_factory=Columns)
     out: Path
     """BEIR folder to make."""
     json: bool = False
     """Print as JSON."""
 
     def run(self) -> None:
-        from moeret.data.convert import convert_file
-
-        counts = convert_file(self.file, self.out)
+        require((self.file is None) != (self.dataset is None), "give either a file of rows or --dataset, and not both")
+        require(self.dataset is not None or self.subset is None, "--subset goes with --dataset")
+        if self.dataset is None:
+            counts = convert_file(self.file, self.out, columns=self.columns)
+        else:
+            how = {"subset": self.subset, "split": self.split, "columns": self.columns}
+            counts = convert_dataset(self.dataset, self.out, **how)
         if self.json:
             print_json(counts)
         else:

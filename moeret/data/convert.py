@@ -1,26 +1,45 @@
-"""Rows of anchor, positive and negatives, as sentence-transformers and Hugging Face's data sets have them, as a BEIR folder."""
+"""Rows of anchor, positive and negatives, as sentence-transformers and Hugging Face's data sets have them, as a BEIR folder.
+
+The only importer of `datasets`.
+"""
 
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from moeret.config import require
 from moeret.data.beir import encodable, row_of, short
 from moeret.data.records import format_of, records
-from moeret.errors import DataError
+from moeret.errors import ConfigError, DataError
 
-_ANCHORS = ("anchor", "query", "question")
+_ANCHORS, _POSITIVES = ("anchor", "query", "question"), ("positive", "answer")
 
 
-def convert_rows(rows: Iterable[Mapping[str, Any]], out: str | Path) -> dict[str, int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Which columns of a row say what."""
+
+    anchor: str | None = None
+    """Column of the query; unless given, anchor, query or question, the first of them that is there."""
+    positive: str | None = None
+    """Column of its answer, text or a list; unless given, positive or answer."""
+    negative: tuple[str, ...] = ()
+    """Columns of what is no answer, text or lists; unless given, those whose names begin with negative."""
+
+
+def convert_rows(
+    rows: Iterable[Mapping[str, Any]], out: str | Path, *, columns: Columns | None = None
+) -> dict[str, int]:
     """Writes a new domain's folder, with all judgments in the train split, and returns how many it has of what.
 
-    A row has `anchor` (or `query`, or `question`), `positive`, and any number of columns whose names begin with `negative`;
-    positives and negatives may be lists. Equal texts become one query or one document, whose id is a digest of its text.
-    Negatives become documents: in training every document that is no positive is one. Rows of a `datasets.Dataset` will do.
+    A row has `anchor` (or `query`, or `question`), `positive` (or `answer`), and any number of columns whose names begin with
+    `negative`, or the `columns` that are named; positives and negatives may be lists. Equal texts become one query or one
+    document, whose id is a digest of its text. Negatives become documents: in training every document that is no positive is
+    one. Rows of a `datasets.Dataset` will do.
 
     Raises:
       ConfigError: `out` is there already.
@@ -32,7 +51,7 @@ def convert_rows(rows: Iterable[Mapping[str, Any]], out: str | Path) -> dict[str
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "qrels").mkdir(parents=True)
     try:
-        counts = _write(rows, unfinished)
+        counts = _write(rows, unfinished, columns or Columns())
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -40,7 +59,7 @@ def convert_rows(rows: Iterable[Mapping[str, Any]], out: str | Path) -> dict[str
     return counts
 
 
-def convert_file(path: str | Path, out: str | Path) -> dict[str, int]:
+def convert_file(path: str | Path, out: str | Path, *, columns: Columns | None = None) -> dict[str, int]:
     """The same from a JSONL file, also gzip.
 
     Raises:
@@ -51,20 +70,57 @@ def convert_file(path: str | Path, out: str | Path) -> dict[str, int]:
         format_of(path) != "parquet",
         f"{path}: a JSONL file is wanted, also gzip; convert_rows takes rows of any source",
     )
-    return convert_rows(_rows(path), out)
+    columns = columns or Columns()
+    return convert_rows(_rows(path, columns), out, columns=columns)
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def convert_dataset(
+    name: str,
+    out: str | Path,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    columns: Columns | None = None,
+) -> dict[str, int]:
+    """The same from a data set of the Hugging Face hub, or of a folder, row by row as `datasets` streams them.
+
+    Raises:
+      ConfigError: `out` is there already, or `datasets` is not installed.
+      DataError: as convert_rows; also where there is no such data set, subset or split, or the hub does not answer.
+    """
+    require(not Path(out).exists(), f"{out} is there already; name a folder that is not")
+    try:
+        import datasets  # an extra, and slow to import
+    except ImportError:
+        raise ConfigError('rows of a data set need another library: pip install ".[datasets]"') from None
+    place = f"data set {name}{f', subset {subset}' if subset else ''}, split {split}"
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from datasets.load_dataset(name, subset, split=split, streaming=True)
+        except Exception as error:  # many kinds: of the library, the hub's client, and the files' formats
+            first = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"cannot be read ({type(error).__name__}: {first}); check the names and the network"
+            ) from None
+
+    try:
+        return convert_rows(rows(), out, columns=columns)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+
+
+def _rows(path: Path, columns: Columns) -> Iterator[Mapping[str, Any]]:
     for number, _, line in records(path):
         try:
             row = row_of(line)
-            _parts(row)
+            _parts(row, columns)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
         yield row
 
 
-def _write(rows: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, int]:
+def _write(rows: Iterable[Mapping[str, Any]], folder: Path, columns: Columns) -> dict[str, int]:
     with (
         (folder / "corpus.jsonl").open("w") as corpus,
         (folder / "queries.jsonl").open("w") as queries,
@@ -74,7 +130,7 @@ def _write(rows: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, int]:
         asked, held, judged = _Texts(queries, "q"), _Texts(corpus, "d"), set()
         for number, row in enumerate(rows, 1):
             try:
-                anchor, positives, negatives = _parts(row)
+                anchor, positives, negatives = _parts(row, columns)
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from None
             query = asked.id(anchor)
@@ -105,15 +161,25 @@ class _Texts:
         return id
 
 
-def _parts(row: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
+def _parts(row: Mapping[str, Any], columns: Columns) -> tuple[str, list[str], list[str]]:
     """A row's anchor, positives and negatives."""
-    name = next((own for own in _ANCHORS if own in row), None)
-    if name is None or "positive" not in row:
-        lacking = "positive" if name else f"{_ANCHORS[0]} (or {' or '.join(_ANCHORS[1:])})"
+    anchor, positive = _column(row, columns.anchor, _ANCHORS), _column(row, columns.positive, _POSITIVES)
+    for name in columns.negative:
+        _column(row, name, ())
+    negative = columns.negative or [key for key in row if str(key).startswith("negative")]
+    [query] = _strings(row[anchor], anchor, most=1)
+    negatives = [text for key in negative for text in _strings(row[key], key, least=0)]
+    return query, _strings(row[positive], positive), negatives
+
+
+def _column(row: Mapping[str, Any], name: str | None, usual: tuple[str, ...]) -> str:
+    """The column that is named, or the first of the usual ones."""
+    names = usual if name is None else (name,)
+    found = next((own for own in names if own in row), None)
+    if found is None:
+        lacking = f"{names[0]} (or {' or '.join(names[1:])})" if names[1:] else names[0]
         raise DataError(f"there is no {lacking}; it has {', '.join(map(str, row)) or 'nothing'}")
-    [anchor] = _strings(row[name], name, most=1)
-    negatives = [text for key in row if str(key).startswith("negative") for text in _strings(row[key], key, least=0)]
-    return anchor, _strings(row["positive"], "positive"), negatives
+    return found
 
 
 def _strings(value: Any, name: str, least: int = 1, most: int = 10**9) -> list[str]:

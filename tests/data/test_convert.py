@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import write_jsonl
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 import moeret
 from moeret.cli import main
 from moeret.data.beir import read_domain
-from moeret.data.convert import convert_file, convert_rows
+from moeret.data.convert import Columns, convert_dataset, convert_file, convert_rows
 
 ROWS = [
     {"anchor": "who signs", "positive": "two directors sign", "negative": "the sea is deep"},
@@ -60,7 +62,7 @@ def test_the_command_converts_files(tmp_path, capsys, monkeypatch, packed):
 
 
 @pytest.mark.parametrize(("row", "told"), [
-    ({"positive": "x"}, "no anchor"), ({"anchor": "x"}, "no positive; it has anchor"), ({}, "it has nothing"),
+    ({"positive": "x"}, "no anchor"), ({"anchor": "x"}, r"no positive \(or answer\); it has anchor"), ({}, "it has nothing"),
     ({"anchor": ["a"], "positive": 3}, "positive must be text"), ({"anchor": "", "positive": "x"}, "anchor must be text"),
     ({"anchor": "a", "positive": []}, "positive must be text"), ({"anchor": "a", "positive": "p", "negative": [1]}, "negative"),
     ({"anchor": "a", "positive": "\ud800"}, "Unicode"),
@@ -82,3 +84,95 @@ def test_nothing_is_overwritten_and_nothing_is_no_domain(tmp_path):
         convert_rows(ROWS, tmp_path / "law")
     with pytest.raises(moeret.ConfigError, match="JSONL file is wanted"):
         convert_file(tmp_path / "rows.parquet", tmp_path / "other")
+
+
+OTHERS = [{"ask": "who signs", "say": ["two directors sign"], "not": "the sea is deep", "also": None, "anchor": 7}]
+NAMED = Columns(anchor="ask", positive="say", negative=("not", "also"))
+
+
+def test_columns_may_be_named(tmp_path, capsys, monkeypatch):
+    assert convert_rows(OTHERS, tmp_path / "a", columns=NAMED) == {"queries": 1, "documents": 2, "judgments": 1}
+    assert texts(tmp_path / "a") == ({"who signs": {"two directors sign"}}, ["the sea is deep", "two directors sign"])
+    write_jsonl(tmp_path / "rows.jsonl", OTHERS)
+    command = ["moeret", "convert", str(tmp_path / "rows.jsonl"), "--anchor", "ask", "--positive", "say"]
+    monkeypatch.setattr("sys.argv", [*command, "--negative", "not", "also", "--out", str(tmp_path / "b"), "--json"])
+    main()
+    assert json.loads(capsys.readouterr().out)["documents"] == 2
+    for column in ("anchor", "positive"):
+        with pytest.raises(moeret.DataError, match=r"row 1: there is no missing; it has ask"):
+            convert_rows(
+                OTHERS, tmp_path / "c", columns=Columns(**{"anchor": "ask", "positive": "say", column: "missing"})
+            )
+    with pytest.raises(moeret.DataError, match="there is no missing"):
+        convert_rows(ROWS, tmp_path / "c", columns=Columns(negative=("missing",)))
+
+
+def test_an_answer_is_a_positive(tmp_path):
+    convert_rows([{"question": "who signs", "answer": "two directors sign"}], tmp_path / "law")
+    assert texts(tmp_path / "law")[0] == {"who signs": {"two directors sign"}}
+
+
+def stand_in(monkeypatch, load):
+    """Puts a library of that name where the real one may not be installed."""
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+
+
+def test_a_data_set_is_streamed(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def load(*names, **how):
+        asked.append((names, how))
+        return iter(ROWS)
+
+    stand_in(monkeypatch, load)
+    command = ["moeret", "convert", "--dataset", "someone/law", "--subset", "en", "--split", "dev", "--json", "--out"]
+    monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "law")])
+    main()
+    assert json.loads(capsys.readouterr().out) == {"queries": 2, "documents": 5, "judgments": 3}
+    assert asked == [(("someone/law", "en"), {"split": "dev", "streaming": True})]
+
+
+def test_what_goes_wrong_with_a_data_set_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def breaks(*_, **__):
+        yield ROWS[0]
+        raise ConnectionError("the line is dead\nand a long story")
+
+    for load, told in (
+        (breaks, "data set a/b, split train: cannot be read .*the line is dead"),
+        (
+            lambda *_, **__: [ROWS[0], {"anchor": 1, "positive": "x"}],
+            "data set a/b, split train: row 2: anchor must be",
+        ),
+        (lambda *_, **__: [], "there are no rows"),
+    ):
+        stand_in(monkeypatch, load)
+        with pytest.raises(moeret.DataError, match=told) as caught:
+            convert_dataset("a/b", tmp_path / "law")
+        assert "long story" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(moeret.ConfigError, match=r"pip install .\.\[datasets\]"):
+        convert_dataset("a/b", tmp_path / "law")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("rows.jsonl", "--dataset", "a/b"), ("rows.jsonl", "--subset", "en")])
+def test_the_command_wants_one_source(tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.setattr("sys.argv", ["moeret", "convert", *arguments, "--out", str(tmp_path / "law")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and "--" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_library_reads_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_jsonl(
+        tmp_path / "rows" / "train.jsonl", [{"query": own, "positive": ["x" + own], "negative_1": "y"} for own in "abc"]
+    )
+    counts = convert_dataset(str(tmp_path / "rows"), tmp_path / "law")
+    assert counts == {"queries": 3, "documents": 4, "judgments": 3}
+    with pytest.raises(moeret.DataError, match=r"split nowhere: cannot be read \(.*nowhere"):
+        convert_dataset(str(tmp_path / "rows"), tmp_path / "b", split="nowhere")
+    with pytest.raises(moeret.DataError, match="cannot be read"):
+        convert_dataset(str(tmp_path / "missing"), tmp_path / "b")
