@@ -133,8 +133,8 @@ def _quality(meta: Mapping[str, Any]) -> list[str]:
         rows.append(
             (
                 entry["name"] + (" (a PEFT adapter)" if "adapter" in entry["request"] else ""),
-                *(f"{_number(before[group])} → {_number(after[group])}" for group in ("all", "seen", "unseen")),
-                _number(own and own["blend"]),
+                *(_gain(before[group], after[group]) for group in ("all", "seen", "unseen")),
+                f"{own['blend']:.3f}" if own else "-",
                 f"{entry['strength']:g}",
                 f"{entry['shared_strength']:g}",
             )
@@ -173,8 +173,8 @@ def _training(published: Artifact) -> list[str]:
     ]
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _gain(before: float | None, after: float | None) -> str:
+    return "too few queries" if before is None or after is None else f"{before:.3f} → {after:.3f}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

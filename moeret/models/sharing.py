@@ -106,7 +106,9 @@ def pull_model(
 def _is_ours(name: str) -> bool:
     """Whether a model has files of such a name: those of an earlier push that a later one no longer has."""
     folder = PurePosixPath(name).parts[0]
-    return folder in ("base", "experts", "profiles", "memories") or bool(re.fullmatch(r"router-\w+\.safetensors", name))
+    return folder in ("base", "experts", "profiles", "memories", MADE) or bool(
+        re.fullmatch(r"router-\w+\.safetensors", name)
+    )
 
 
 def _base_on_hub(published: Artifact) -> str | None:

@@ -1,6 +1,7 @@
 """How long making a model took, on what: beside its manifest, for its card, and no part of what makes it what it is."""
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ def counted(model: Path, what: str) -> Iterator[Callable[[dict[str, Any]], None]
             made[what] = {
                 "request": request,
                 "hours": round(hours + (time.monotonic() - since) / 3600, 5),
-                "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+                "device": _device(),
                 "versions": {
                     "python": platform.python_version(),
                     **{name: version(name) for name in ("moeret", "jax", "flax")},
@@ -46,3 +47,11 @@ def counted(model: Path, what: str) -> Iterator[Callable[[dict[str, Any]], None]
             }
             with suppress(OSError):  # what ended the run is worth more than its hours
                 artifact.write_atomically(model / MADE, (json.dumps(made, indent=1) + "\n").encode())
+
+
+def _device() -> str:
+    """All processes' devices in words; of a processor its cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} × {device.device_kind}"
+    return f"{jax.process_count()} × CPU with {os.cpu_count()} cores"

@@ -5,12 +5,14 @@ import hashlib
 import json
 import shutil
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 from conftest import QUERIES
+from huggingface_hub import HfApi, constants, file_download
 
 import moeret
 from moeret import artifact, hub
@@ -28,7 +30,8 @@ class Hub(ThreadingHTTPServer):
         self.repos, self.private, self.commits, self.served, self.broken = {}, {}, {}, [], None
 
     def sha(self, repo: str) -> str:
-        return hashlib.sha1(f"{repo} {self.commits.setdefault(repo, 0)}".encode()).hexdigest()
+        digests = {name: hashlib.sha1(own).hexdigest() for name, own in self.repos[repo].items()}
+        return artifact.fingerprint([repo, self.commits.setdefault(repo, 0), digests])[:40]
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -132,13 +135,15 @@ ADDRESS = "https://huggingface.co"
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A hub that knows one token, which is ours."""
-    from huggingface_hub import constants
-
     server = Hub()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.HfApi", partial(HfApi, address))
+    monkeypatch.setattr(constants, "ENDPOINT", address)  # as HF_ENDPOINT would, had the client not been imported yet
+    for place in (constants, file_download):
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(place, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -169,6 +174,7 @@ def test_a_later_push_replaces_the_model_and_leaves_other_peoples_files(server, 
     shutil.copytree(model_folder, tmp_path / "m")
     moeret.remove_expert(tmp_path / "m", "metal")
     push_model(tmp_path / "m", REPO)
+    assert "made.json" in server.repos[REPO]
     assert not any("metal" in name for name in server.repos[REPO]) and "picture.png" in server.repos[REPO]
     pull_model(REPO, tmp_path / "pulled")
     assert moeret.Model.load(tmp_path / "pulled").experts == ("fruit",)
@@ -210,12 +216,14 @@ def test_a_base_that_the_hub_has_is_named(server, model_folder, monkeypatch):
 
 
 def test_without_hours_the_card_says_unknown(server, model_folder, tmp_path):
+    push_model(model_folder, REPO)
     shutil.copytree(model_folder, tmp_path / "m")
     for damaged in (None, "[]", '{"train": {"hours": "x"}}'):
         (tmp_path / "m" / "made.json").unlink(missing_ok=True)
         if damaged:
             (tmp_path / "m" / "made.json").write_text(damaged)
         push_model(tmp_path / "m", REPO)
+        assert ("made.json" in server.repos[REPO]) == (damaged is not None)
         assert "Hours and device: unknown." in server.repos[REPO]["README.md"].decode()
 
 
@@ -310,7 +318,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(server, model_folder, tmp_path, 
     for command in (("push", model_folder, REPO), ("pull", "someone/missing", "--out", tmp_path / "m")):
         code, said = run(monkeypatch, capsys, *command)
         assert code == 1 and "hf auth login" in said.err and said.err.count("\n") == 1, said
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("huggingface_hub.HfApi", partial(HfApi, "http://127.0.0.1:9"))  # where nobody listens
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for command in (("push", model_folder, REPO), ("pull", REPO, "--out", tmp_path / "m")):
         code, said = run(monkeypatch, capsys, *command)
