@@ -105,8 +105,8 @@ def adapter_digests(folder: Path) -> dict[str, str]:
 def read_adapter(folder: Path, base: Base, shape: ExpertConfig) -> Bank:
     """A PEFT LoRA adapter as one expert's delta (no leading axis), padded with zeros to the experts' `shape`.
 
-    The delta is the adapter's to the last bit of its factors: what the shape has no place for is refused, never left out.
-    Only factors of the pooler, which no embedding reads, are passed over.
+    The delta is the whole adapter's: what the shape has no place for is refused, never left out. Only factors of
+    the pooler, which no embedding reads, are passed over.
 
     Raises:
       ConfigError: no such adapter, more than LoRA factors in it, it is of another base, or it does not fit the shape.

@@ -38,7 +38,7 @@ def push_model(
     Raises:
       ArtifactError: there is no whole model, or the repository holds something else. BusyError: it is being written.
       ConfigError: a licence or source of an expert that the model lacks.
-      HubError: the hub does not answer or does not take it; nothing changed there.
+      HubError: the hub does not answer or does not take it; no file changed there.
     """
     model, licenses, sources = Path(model), dict(data_licenses or {}), dict(data_sources or {})
     artifact.read(model, KIND)  # nothing is locked or made where there is no model

@@ -244,6 +244,22 @@ def test_the_command_takes_an_adapter_of_one_domain(model_folder, domains, base,
     assert json.loads(capsys.readouterr().out)["experts"][-1]["name"] == "river"
 
 
+def test_with_both_towers_an_adapter_embeds_documents_too(base_folder, two_domains, domains, base, tmp_path):
+    config = moeret.TrainConfig(
+        tower="both", steps=2, batch_size=8, evaluate_every=2, expert=moeret.ExpertConfig(rank=4, layers=2)
+    )
+    moeret.train({"fruit": two_domains["fruit"]}, tmp_path / "m", base=str(base_folder), config=config)
+    adapter = write_adapter(tmp_path / "a", random_factors(base, [(2, matrix) for matrix in MATRICES]), lora_alpha=0.1)
+    entry = moeret.add_expert(tmp_path / "m", "river", domains["river"], peft=adapter).meta["experts"][-1]
+    model, delta = moeret.Model.load(tmp_path / "m"), read_adapter(adapter, base, config.expert)
+    own = {
+        layer: {matrix: f | {"b": np.float32(entry["strength"]) * f["b"]} for matrix, f in matrices.items()}
+        for layer, matrices in delta.items()
+    }
+    assert entry["step"] == 0 and entry["calibration"]
+    np.testing.assert_allclose(model.encode_document(QUERIES, expert="river"), embeddings(model, own), atol=1e-6)
+
+
 @pytest.mark.parametrize("how", [
     {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"},
     {"r": 8, "lora_alpha": 4, "use_rslora": True, "target_modules": ["query", "dense"]},
