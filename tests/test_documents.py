@@ -42,8 +42,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CHEAP = ("--steps", "6", "--shared-steps", "3", "--batch-size", "16", "--evaluate-every", "3")
 SMALL = ("--expert.rank", "8", "--expert.layers", "2", "--expert.shared-rank", "4")
 SERVICE = "localhost:8000"
-ELSEWHERE = re.compile(r"/shared/|--distributed|--engine ray|^moeret quickstart")
-"""Commands that need other machines, or (quickstart) whatever is installed on this one."""
+ELSEWHERE = re.compile(r"/shared/|--distributed|--engine ray|^moeret (quickstart|push|pull)|--peft")
+"""Commands that need other machines, an adapter of one's own, or (quickstart) whatever is installed here."""
 pytestmark = pytest.mark.filterwarnings("default")  # other libraries'
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # it reports its use to its makers unless told not to
 

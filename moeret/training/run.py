@@ -119,7 +119,8 @@ def train(
         entries = _write_experts(draft, data, trained, of_base, requests, added=False)
         meta = {
             "base": {
-                "name": base,
+                # A folder's place is its maker's business: models are given to others.
+                "name": Path(base).resolve().name if Path(base).is_dir() else base,
                 "fingerprint": encoder.fingerprint,
                 "calibration": trained.calibration[0],
                 "blend": of_base._asdict(),
