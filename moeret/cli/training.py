@@ -133,7 +133,7 @@ class ExpertsAdd:
     label_free: bool = False
     """Nobody has judged queries: make them from the titles and texts of corpus.jsonl, which then is all that is read."""
     peft: Path | None = None
-    """Folder of a PEFT LoRA adapter for the model's base that becomes the expert, instead of one that is trained."""
+    """Folder of a PEFT LoRA adapter for the model's base that becomes the expert: nothing is trained, whatever --steps says."""
     config: Annotated[tyro.conf.OmitSubcommandPrefixes[TrainConfig], Flat] = field(default_factory=TrainConfig)
     json: bool = False
     """Print the model's experts as JSON."""

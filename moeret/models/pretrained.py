@@ -88,13 +88,18 @@ def _from_hub(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BaseEncoderError(f"there is no folder {name}, and it is no hub id either; give a folder with config.json")
     try:
-        return hub.fetch_files(name, [*_FILES, "*/config.json"])
+        folder = hub.fetch_files(name, [*_FILES, "*/config.json"])
     except Exception as error:  # the hub's client raises its own and its HTTP library's errors
         reason = str(error).strip().partition("\n")[0]
         raise BaseEncoderError(
             f"base {name} is no local folder, and the hub did not give it ({type(error).__name__}: {reason}); "
             f"check the name and the network, or give a folder that holds the model{pip}"
         ) from None
+    if not (folder / "config.json").is_file():
+        raise BaseEncoderError(
+            f"{name} on the hub is no encoder (no config.json); if it is a moeret model: moeret pull {name} --out DIR"
+        )
+    return folder
 
 
 def base_files(folder: Path) -> dict[str, Path]:

@@ -244,6 +244,12 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(monkeypatch, tmp_path)
         moeret.Model.load(tmp_path / "missing")
 
 
+def test_a_moeret_model_on_the_hub_is_to_be_pulled(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(BaseEncoderError, match=r"no config\.json.*moeret pull someone/experts --out"):
+        find_base("someone/experts")
+
+
 def test_what_the_hub_gives_is_read_like_a_folder(monkeypatch, base_folder):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(base_folder))
     by_name, by_folder = moeret.Model.load("someone/tiny").base, load(base_folder)
