@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from moeret.errors import ArtifactError
@@ -119,6 +119,8 @@ def _parse(root: Path, manifest: Path, kind: str) -> Artifact:
         if strange := raw.keys() - _KEYS:
             raise ValueError(f"nobody writes {min(strange)!r}")
         files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+        if foreign := [name for name in files if not _is_name(name)]:
+            raise ValueError(f"it names no file of its directory: {foreign[0]!r}")
         number = raw.get("snapshot", {"number": 0})
         if "snapshot" in raw and number["digest"] != fingerprint([number["number"], raw["fingerprint"]]):
             raise ValueError("the snapshot's digest is another")
@@ -208,9 +210,6 @@ def check(artifact: Artifact, names: Iterable[str] | None = None) -> None:
 
 
 def _check_file(artifact: Artifact, name: str, entry: FileEntry) -> None:
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not name.isprintable():
-        raise ArtifactError(f"{artifact.root / MANIFEST} names no file of its directory: {name!r}")
     path = artifact.root / name
     try:
         if path.stat().st_size != entry.bytes:
@@ -221,6 +220,11 @@ def _check_file(artifact: Artifact, name: str, entry: FileEntry) -> None:
         raise ArtifactError(f"{path} is missing; the {artifact.kind} is damaged, restore it or make it anew") from None
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _is_name(name: str) -> bool:
+    """Whether a manifest may list a file of such a name: one below its directory, in one spelling, and no lock of a writer."""
+    return name != MANIFEST and name.isprintable() and re.fullmatch(r"([^./][^/]*/)*[^./][^/]*", name) is not None
 
 
 def _fingerprint_of(kind: str, meta: dict[str, Any], files: dict[str, FileEntry]) -> str:
@@ -360,8 +364,7 @@ def _is_stray(path: Path, root: Path, used: Set[str]) -> bool:
 
 def _listed(manifest: Path) -> set[str]:
     """The files that a manifest names; none where it is not to be read, or not ours."""
-    names = _raw(manifest).get("files", {})
-    return {name for name in names if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts}
+    return {*filter(_is_name, _raw(manifest).get("files", {}))}
 
 
 def _number(manifest: Path) -> int:

@@ -232,6 +232,15 @@ def test_a_manifest_cannot_reach_outside_its_directory(root, name):
     assert secret.read_bytes() == b"secret"
 
 
+@pytest.mark.parametrize(
+    "name", ["./x", "x/", "deep//x", ".lock", ".cache/x", "deep/.x", "a\nb", "", artifact.MANIFEST]
+)
+def test_a_name_that_a_reader_or_a_writer_would_take_for_another_file_is_refused_unread(root, name):
+    forge(root, lambda raw: raw["files"].update({name: {"bytes": 0, "sha256": "0" * 64}}))
+    with pytest.raises(ArtifactError, match="names no file of its directory"):
+        artifact.look(root, KIND)
+
+
 @pytest.mark.parametrize("name", ["", ".", "deep", "a\0b", "\ud800", "x" * 5000])
 def test_a_manifest_that_names_no_file_is_refused(root, name):
     forge(root, lambda raw: raw["files"].update({name: {"bytes": 0, "sha256": "0" * 64}}))

@@ -266,15 +266,18 @@ def test_what_is_no_whole_model_never_lies_at_out(server, model_folder, tmp_path
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_manifest_that_names_files_elsewhere_is_refused(server, model_folder, tmp_path):
+@pytest.mark.parametrize("name", ["../x", "/x", ".cache/x", ".lock", "x/", ""])
+def test_a_manifest_with_files_that_a_pull_would_not_keep_is_refused(server, model_folder, tmp_path, name):
     push_model(model_folder, REPO)
+    server.repos[REPO][name] = b"x"
     raw = json.loads(server.repos[REPO]["manifest.json"])
-    raw["files"]["../x"] = {"bytes": 1, "sha256": "0" * 64}
+    raw["files"][name] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     digests = {name: own["sha256"] for name, own in raw["files"].items()}
     raw["fingerprint"] = artifact.fingerprint(["model", raw["meta"], digests])
     server.repos[REPO]["manifest.json"] = json.dumps(raw).encode()
-    with pytest.raises(moeret.ArtifactError, match="names a file outside"):
+    with pytest.raises(moeret.ArtifactError, match="names no file of its directory"):
         pull_model(REPO, tmp_path / "pulled")
+    assert [*tmp_path.iterdir()] == []
 
 
 def run(monkeypatch, capsys, *arguments):
