@@ -1,5 +1,6 @@
 """The Hugging Face hub: the only importer of its client, whose errors become ours. Imported late, because it is slow to import."""
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,11 +105,16 @@ def _in_words(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id}: {_reason(error)}") from None
 
 
+_HERE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def _reason(error: Exception) -> str:
     from huggingface_hub import errors, get_token
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if isinstance(error, OSError) and error.errno in _HERE:
+        return f"its files cannot be read or written here ({said}); make room or choose another folder, then run this again"
     if isinstance(error, errors.HFValidationError):
         return f"is no hub id as OWNER/NAME ({error})"
     if isinstance(error, errors.GatedRepoError):

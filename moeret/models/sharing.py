@@ -1,9 +1,11 @@
 """A model folder to the Hugging Face hub, and back: the same files under the same names, and a model card beside them."""
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from moeret import artifact, hub
 from moeret.artifact import MANIFEST, Artifact
@@ -31,9 +33,10 @@ def push_model(
 ) -> str:
     """Uploads a published model in one commit, with a model card made anew, and returns the commit's address.
 
-    The repository is made if it is not there. It gets what the manifest lists and nothing else: no checkpoints, no local paths in
-    the card. Files of the model that was there before and that this one lacks are deleted; other people's stay. `license`
-    is the model's, `data_licenses` and `data_sources` say by an expert's name what its data's are: unknown unless given.
+    The repository is made if it is not there. It gets the manifest, what that lists, made.json and the card: no checkpoints, no
+    local paths in the card. Files of the model that was there before and that this one lacks are deleted; other people's stay.
+    `license` is the model's, `data_licenses` and `data_sources` say by an expert's name what its data's are: unknown unless
+    given.
 
     Raises:
       ArtifactError: there is no whole model, or the repository holds something else. BusyError: it is being written.
@@ -49,10 +52,7 @@ def push_model(
             require(name in names, f"there is no expert {name!r} in {model}; it has {', '.join(names)}")
         hub.show_progress(show_progress_bar)
         parent, there = hub.open_repository(repo_id, private=private)
-        if MANIFEST not in there and there - _EVERYBODYS:
-            raise ArtifactError(
-                f"{repo_id} holds something else ({min(there - _EVERYBODYS)}, no {MANIFEST}); name a new repository"
-            )
+        before = _model_there(repo_id, parent, there)
         files: dict[str, Path | bytes] = {name: model / name for name in (*published.files, MANIFEST)}
         if (model / MADE).is_file():
             files[MADE] = model / MADE
@@ -60,7 +60,7 @@ def push_model(
             published, repo_id, _base_on_hub(published), license=license, licenses=licenses, sources=sources
         )
         files[CARD] = card.encode()
-        stale = sorted(name for name in there - files.keys() if _is_ours(name))
+        stale = sorted(before - files.keys())
         return hub.commit_files(repo_id, parent, files, stale, f"A moeret model of {', '.join(names)}")
 
 
@@ -77,7 +77,7 @@ def pull_model(
       HubError: there is no such repository or revision, or the hub does not answer.
     """
     out = Path(out)
-    require(not out.exists(), f"{out} is there already; name a folder that is not")
+    _require_new(out)
     hub.show_progress(show_progress_bar)
     commit = hub.commit_of(repo_id, revision)
     unfinished = out.with_name(f"{out.name}.unfinished")
@@ -97,16 +97,29 @@ def pull_model(
         for path in [own for own in unfinished.rglob("*") if own.is_file()]:
             if path.relative_to(unfinished).as_posix() not in (*names, ".lock"):
                 path.unlink()  # of an earlier commit, whose pull was interrupted
+        _require_new(out)  # it took a while
         unfinished.rename(out)
     return artifact.look(out, KIND)
 
 
-def _is_ours(name: str) -> bool:
-    """Whether a model has files of such a name: those of an earlier push that a later one no longer has."""
-    folder = PurePosixPath(name).parts[0]
-    return folder in ("base", "experts", "profiles", "memories", MADE) or bool(
-        re.fullmatch(r"router-\w+\.safetensors", name)
-    )
+def _require_new(out: Path) -> None:
+    require(not out.exists(), f"{out} is there already; name a folder that is not")
+
+
+def _model_there(repo_id: str, commit: str, there: set[str]) -> set[str]:
+    """The files of the model that a repository holds, of any version of moeret; raises ArtifactError if it holds something else."""
+    strange = min(there - _EVERYBODYS, default=None)
+    if strange is None:
+        return set()
+    with TemporaryDirectory() as folder:
+        if MANIFEST in there and hub.fetch_file(repo_id, commit, MANIFEST, Path(folder)):
+            try:
+                raw = json.loads((Path(folder) / MANIFEST).read_bytes())
+                if raw["kind"] == KIND and raw["format"].startswith("moeret-"):
+                    return {MADE, *raw["files"]} & there
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                strange = MANIFEST
+    raise ArtifactError(f"{repo_id} holds something else than a moeret model ({strange}); name a new repository")
 
 
 def _base_on_hub(published: Artifact) -> str | None:

@@ -1,6 +1,7 @@
 """A model that went to the hub comes back as it was, whole or not at all; the hub is a small server on this machine."""
 
 import base64
+import errno
 import hashlib
 import json
 import shutil
@@ -170,14 +171,36 @@ def test_a_model_comes_back_as_it_was(server, model_folder, tmp_path):
 
 def test_a_later_push_replaces_the_model_and_leaves_other_peoples_files(server, model_folder, tmp_path):
     push_model(model_folder, REPO)
-    server.repos[REPO]["picture.png"] = b"of theirs"
+    theirs = {"picture.png": b"1", "experts/notes.txt": b"2", "base/of-mine.txt": b"3"}
+    server.repos[REPO] |= theirs
     shutil.copytree(model_folder, tmp_path / "m")
     moeret.remove_expert(tmp_path / "m", "metal")
     push_model(tmp_path / "m", REPO)
     assert "made.json" in server.repos[REPO]
-    assert not any("metal" in name for name in server.repos[REPO]) and "picture.png" in server.repos[REPO]
+    assert not any("metal" in name for name in server.repos[REPO]) and theirs.items() <= server.repos[REPO].items()
     pull_model(REPO, tmp_path / "pulled")
     assert moeret.Model.load(tmp_path / "pulled").experts == ("fruit",)
+
+
+@pytest.mark.parametrize(
+    "manifest", [b'{"name": "of a web page"}', b'{"kind": "index", "format": "moeret-10"}', b"[]", b"\xff"]
+)
+def test_somebody_elses_manifest_is_no_model_to_replace(server, model_folder, manifest):
+    server.repos[REPO] = {"manifest.json": manifest, "base/x": b""}
+    server.private[REPO] = False
+    before = dict(server.repos[REPO])
+    with pytest.raises(moeret.ArtifactError, match="holds something else"):
+        push_model(model_folder, REPO)
+    assert server.repos[REPO] == before
+
+
+def test_a_model_of_another_format_is_replaced(server, model_folder):
+    push_model(model_folder, REPO)
+    raw = json.loads(server.repos[REPO]["manifest.json"]) | {"format": "moeret-1"}
+    raw["files"]["old.bin"] = {}
+    server.repos[REPO] |= {"manifest.json": json.dumps(raw).encode(), "old.bin": b""}
+    push_model(model_folder, REPO)
+    assert "old.bin" not in server.repos[REPO]
 
 
 def test_the_card_says_what_is_known_and_no_file_has_a_path(server, model_folder, base_folder, two_domains):
@@ -225,6 +248,22 @@ def test_without_hours_the_card_says_unknown(server, model_folder, tmp_path):
         push_model(tmp_path / "m", REPO)
         assert ("made.json" in server.repos[REPO]) == (damaged is not None)
         assert "Hours and device: unknown." in server.repos[REPO]["README.md"].decode()
+
+
+def test_a_folder_that_somebody_made_meanwhile_is_left_alone(server, model_folder, tmp_path, monkeypatch):
+    push_model(model_folder, REPO)
+    commit_of = hub.commit_of
+    monkeypatch.setattr(hub, "commit_of", lambda *own: (tmp_path / "pulled").mkdir() or commit_of(*own))
+    with pytest.raises(moeret.ConfigError, match="is there already"):
+        pull_model(REPO, tmp_path / "pulled")
+    assert [*(tmp_path / "pulled").iterdir()] == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_takes_no_more_is_not_the_network(code):
+    with pytest.raises(moeret.HubError, match="cannot be read or written here") as caught, hub._in_words(REPO):
+        raise OSError(code, "no more")
+    assert "network" not in str(caught.value)
 
 
 def test_a_pull_that_was_cut_off_goes_on(server, model_folder, tmp_path):
