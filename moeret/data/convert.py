@@ -15,6 +15,7 @@ from moeret.config import require
 from moeret.data.beir import encodable, row_of, short
 from moeret.data.records import format_of, records
 from moeret.errors import ConfigError, DataError
+from moeret.lock import writing
 
 _ANCHORS, _POSITIVES = ("anchor", "query", "question"), ("positive", "answer")
 
@@ -30,6 +31,12 @@ class Columns:
     negative: tuple[str, ...] = ()
     """Columns of what is no answer, text or lists; unless given, those whose names begin with negative."""
 
+    def __post_init__(self) -> None:
+        require(not isinstance(self.negative, str), f"negative must be names of columns, got {self.negative!r}")
+        own = [name for name in (self.anchor, self.positive, *self.negative) if name is not None]
+        twice = next((name for name in own if own.count(name) > 1), None)
+        require(twice is None, f"a column says one thing: {twice!r} is named twice")
+
 
 def convert_rows(
     rows: Iterable[Mapping[str, Any]], out: str | Path, *, columns: Columns | None = None
@@ -42,20 +49,20 @@ def convert_rows(
     one. Rows of a `datasets.Dataset` will do.
 
     Raises:
-      ConfigError: `out` is there already.
+      ConfigError: `out` is there already. ArtifactError: it cannot be made. BusyError: it is being made.
       DataError: a row lacks a column or has something else than text in it; nothing is left behind.
     """
     out = Path(out)
     require(not out.exists(), f"{out} is there already; name a folder that is not")
     unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "qrels").mkdir(parents=True)
-    try:
-        counts = _write(rows, unfinished, columns or Columns())
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    unfinished.rename(out)
+    with writing(unfinished):
+        try:
+            counts = _write(rows, unfinished, columns or Columns())
+            unfinished.rename(out)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        (out / ".lock").unlink()
     return counts
 
 
@@ -111,6 +118,7 @@ def convert_dataset(
 
 
 def _rows(path: Path, columns: Columns) -> Iterator[Mapping[str, Any]]:
+    row = None
     for number, _, line in records(path):
         try:
             row = row_of(line)
@@ -118,9 +126,12 @@ def _rows(path: Path, columns: Columns) -> Iterator[Mapping[str, Any]]:
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
         yield row
+    if row is None:
+        raise DataError(f"{path}: there are no rows")
 
 
 def _write(rows: Iterable[Mapping[str, Any]], folder: Path, columns: Columns) -> dict[str, int]:
+    (folder / "qrels").mkdir(exist_ok=True)
     with (
         (folder / "corpus.jsonl").open("w") as corpus,
         (folder / "queries.jsonl").open("w") as queries,
@@ -166,7 +177,8 @@ def _parts(row: Mapping[str, Any], columns: Columns) -> tuple[str, list[str], li
     anchor, positive = _column(row, columns.anchor, _ANCHORS), _column(row, columns.positive, _POSITIVES)
     for name in columns.negative:
         _column(row, name, ())
-    negative = columns.negative or [key for key in row if str(key).startswith("negative")]
+    others = (key for key in row if str(key).startswith("negative") and key not in (anchor, positive))
+    negative = columns.negative or [*others]
     [query] = _strings(row[anchor], anchor, most=1)
     negatives = [text for key in negative for text in _strings(row[key], key, least=0)]
     return query, _strings(row[positive], positive), negatives

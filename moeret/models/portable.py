@@ -138,7 +138,9 @@ def read_adapter(folder: Path, base: Base, shape: ExpertConfig) -> Bank:
             f"{where} has factors of shapes {a.shape} and {b.shape}; {base.name} has a matrix of {(d_out, d_in)}: "
             "the adapter is of another base",
         )
-        require(bool(np.isfinite(a).all() and np.isfinite(b).all()), f"{where} has values that are not finite")
+        with np.errstate(all="ignore"):
+            delta = (b * np.float32(scales[layer, matrix])) @ a
+        require(bool(np.isfinite(delta).all()), f"{where} has values that are not finite, or too large to be used")
     _require_fits(folder, factors, base, shape)
     return {
         layer_name(layer): {
@@ -181,8 +183,10 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors of an adapter, in float32."""
     try:
         with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key).astype(np.float32) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, TypeError) as error:
+            names = file.keys()
+            with np.errstate(over="ignore"):  # what is not finite is refused later
+                return {name: file.get_tensor(name).astype(np.float32, casting="same_kind") for name in names}
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last for types that numpy has not
         raise ConfigError(f"cannot read {path}: {error}") from None
 
 

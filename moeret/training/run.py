@@ -162,7 +162,7 @@ def add_expert(
       DataError, BusyError: as for `train`.
     """
     check_name(name)
-    model, domain, peft = Path(model), Path(domain), peft and Path(peft)
+    model, domain, peft = Path(model), Path(domain), None if peft is None else Path(peft)
     require(
         not (peft and label_free),
         "how much of an adapter to use is told by judged queries: label_free does not go with peft",

@@ -107,6 +107,46 @@ def test_columns_may_be_named(tmp_path, capsys, monkeypatch):
         convert_rows(ROWS, tmp_path / "c", columns=Columns(negative=("missing",)))
 
 
+def test_a_column_says_one_thing(tmp_path):
+    for named in ({"anchor": "a", "positive": "a"}, {"anchor": "a", "negative": ("b", "a")}):
+        with pytest.raises(moeret.ConfigError, match="'a' is named twice"):
+            Columns(**named)
+    with pytest.raises(moeret.ConfigError, match="names of columns, got 'bad'"):
+        Columns(negative="bad")
+    row = {"negative_prompt": "who signs", "positive": "a director"}
+    convert_rows([row], tmp_path / "law", columns=Columns(anchor="negative_prompt"))
+    assert texts(tmp_path / "law") == ({"who signs": {"a director"}}, ["a director"])
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(moeret.DataError, match=r"rows\.jsonl: there are no rows"):
+        convert_file(tmp_path / "rows.jsonl", tmp_path / "law")
+
+
+def test_one_at_a_time_makes_a_folder(tmp_path):
+    def rows():
+        yield ROWS[0]
+        with pytest.raises(moeret.BusyError):
+            convert_rows(ROWS, tmp_path / "law")
+        yield ROWS[1]
+
+    assert convert_rows(rows(), tmp_path / "law")["judgments"] == 2
+    assert {own.name for own in (tmp_path / "law").iterdir()} == {"corpus.jsonl", "queries.jsonl", "qrels"}
+    assert [own.name for own in tmp_path.iterdir()] == ["law"]
+
+
+def test_a_folder_that_somebody_made_meanwhile_is_left_alone(tmp_path):
+    def rows():
+        yield ROWS[0]
+        (tmp_path / "law").mkdir()
+        (tmp_path / "law" / "theirs").touch()
+
+    with pytest.raises(OSError, match="not empty"):
+        convert_rows(rows(), tmp_path / "law")
+    assert [str(own.relative_to(tmp_path)) for own in tmp_path.rglob("*")] == ["law", "law/theirs"]
+
+
 def test_an_answer_is_a_positive(tmp_path):
     convert_rows([{"question": "who signs", "answer": "two directors sign"}], tmp_path / "law")
     assert texts(tmp_path / "law")[0] == {"who signs": {"two directors sign"}}

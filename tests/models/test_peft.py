@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import LAYERS, QUERIES
@@ -137,6 +138,10 @@ NAME = "base_model.model.encoder.layer.2.attention.self.query.lora_"
     (lambda own: {NAME + "A.weight": own[NAME + "A.weight"]}, "only one of its two"),
     (lambda own: own | {NAME + "A.weight": np.ones((4, 24), np.float32)}, "the adapter is of another base"),
     (lambda own: own | {NAME + "B.weight": np.full((16, 4), np.nan, np.float32)}, "not finite"),
+    (lambda own: {name: np.full_like(own[name], 1e30) for name in own}, "too large"),
+    (lambda own: {name: own[name].astype(np.float64) * 1e300 for name in own}, "not finite"),
+    (lambda own: {name: own[name].astype(np.complex64) for name in own}, "cannot read"),
+    (lambda own: {name: own[name].astype(ml_dtypes.float8_e4m3fn) for name in own}, "cannot read"),
     (lambda own: {}, "no LoRA factors"),
 ])  # fmt: skip
 def test_tensors_that_are_not_of_this_base_are_refused(base, tmp_path, change, told):
