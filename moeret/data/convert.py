@@ -99,7 +99,7 @@ def convert_dataset(
     try:
         import datasets  # an extra, and slow to import
     except ImportError:
-        raise ConfigError('rows of a data set need another library: pip install ".[datasets]"') from None
+        raise ConfigError("rows of a data set need another library; run pip install 'moeret[datasets]'") from None
     place = f"data set {name}{f', subset {subset}' if subset else ''}, split {split}"
 
     def rows() -> Iterator[Mapping[str, Any]]:

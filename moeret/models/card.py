@@ -14,12 +14,13 @@ MADE = "made.json"
 
 
 def read_made(model: Path) -> dict[str, dict[str, Any]]:
-    """The runs that made a model, by what they did: hours, device, versions and request. Empty where nobody noted them."""
+    """The runs that made a model, by what they did: request, whether finished, hours, device, versions. Empty if none is noted."""
     try:
         made = json.loads((model / MADE).read_text())
         return {
             str(what): {
                 "request": str(own["request"]),
+                "finished": bool(own.get("finished", True)),
                 "hours": float(own["hours"]),
                 "device": str(own["device"]),
                 "versions": {str(name): str(number) for name, number in own["versions"].items()},

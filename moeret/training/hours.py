@@ -23,21 +23,24 @@ def counted(model: Path, what: str) -> Iterator[Callable[[dict[str, Any]], None]
 
     That call takes the run's request: hours of a run that was cut off count only if it is the same that goes on.
     """
-    started: list[tuple[float, str]] = []
+    started, finished = list[tuple[float, str]](), False
 
     def start(request: dict[str, Any]) -> None:
         started.append((time.monotonic(), artifact.fingerprint(request)))
 
     try:
         yield start
+        finished = True
     finally:
         if started and is_first():
             [(since, request)] = started
             made = read_made(model)
             before = made.get(what, {})
-            hours = before.get("hours", 0) if before.get("request") == request else 0
+            goes_on = before.get("request") == request and not before["finished"]
+            hours = before["hours"] if goes_on else 0
             made[what] = {
                 "request": request,
+                "finished": finished,
                 "hours": round(hours + (time.monotonic() - since) / 3600, 5),
                 "device": _device(),
                 "versions": {

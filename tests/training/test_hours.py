@@ -26,6 +26,9 @@ def test_a_run_that_was_cut_off_adds_up_and_another_starts_anew(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         count(tmp_path, {"steps": 1}, 1800, monkeypatch, KeyboardInterrupt())
     made = count(tmp_path, {"steps": 1}, 3600, monkeypatch)
+    assert count(tmp_path, {"steps": 1}, 3600, monkeypatch)["hours"] == 1, (
+        "the same again, removed or deleted meanwhile"
+    )
     assert made["hours"] == 1.5 and made["versions"].keys() == {"python", "moeret", "jax", "flax"}
     assert count(tmp_path, {"steps": 2}, 3600, monkeypatch)["hours"] == 1
     (tmp_path / "made.json").write_text("{")
