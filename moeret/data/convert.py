@@ -141,6 +141,8 @@ def _write(rows: Iterable[Mapping[str, Any]], folder: Path, columns: Columns) ->
         asked, held, judged = _Texts(queries, "q"), _Texts(corpus, "d"), set()
         for number, row in enumerate(rows, 1):
             try:
+                if not isinstance(row, Mapping):
+                    raise DataError(f"a row has columns, got {short(row)}")
                 anchor, positives, negatives = _parts(row, columns)
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from None

@@ -59,7 +59,7 @@ def model_card(
             f"# {repo_id.rpartition('/')[2]}",
             "",
             f"Domain experts ({', '.join(names)}) on one frozen text encoder, and a router that picks them by the query, made with",
-            f"moeret. Base: {base or 'an encoder that is not on the hub'} (its files are in `base`, fingerprint",
+            f"moeret. Base: {base or 'an encoder that the hub is not known to have'} (its files are in `base`, fingerprint",
             f"`{meta['base']['fingerprint'][:12]}`). Tower: {_TOWERS[meta['tower']]}.",
             "",
             "## Use",

@@ -119,10 +119,10 @@ def read_adapter(folder: Path, base: Base, shape: ExpertConfig) -> Bank:
     for name, array in _read_tensors(folder / _WEIGHTS).items():
         found = _FACTOR.fullmatch(name)
         module = found and found["module"]
-        own = module and re.sub(r"^.*?(?=encoder\.layer\.|pooler\.)", "", module)
+        own = module and re.sub(r"^(.*?\.)?(?=encoder\.layer\.|pooler\.)", "", module)
         if own == "pooler.dense":
             continue
-        require(own in places, f"{folder / _WEIGHTS}: {name} is no LoRA factor of a matrix that {base.name} has")
+        require(own in places, f"{folder / _WEIGHTS}: {name!r} is no LoRA factor of a matrix that {base.name} has")
         pair = factors.setdefault(places[own], {})
         require(found["side"] not in pair, f"{folder / _WEIGHTS} has two adapters of {own}; give one encoder's alone")
         pair[found["side"]] = array

@@ -87,6 +87,8 @@ def pull_model(
                 raise ArtifactError(f"no {MANIFEST} there")
             names = [*artifact.look(unfinished, KIND).files]
             for name in names:
+                if name in (CARD, MADE):  # the next push would overwrite it
+                    raise ArtifactError(f"{MANIFEST} lists {name}, which is no part of a model")
                 hub.fetch_file(repo_id, commit, name, unfinished)
             names += [MANIFEST, *(own for own in (MADE, CARD) if hub.fetch_file(repo_id, commit, own, unfinished))]
             artifact.read(unfinished, KIND)

@@ -76,6 +76,13 @@ def test_rows_that_are_none_are_told_and_leave_nothing_behind(tmp_path, row, tol
     assert [own.name for own in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+@pytest.mark.parametrize("row", [None, "anchor", ["anchor", "positive"]])
+def test_a_row_without_columns_is_told(tmp_path, row):
+    with pytest.raises(moeret.DataError, match="row 2: a row has columns"):
+        convert_rows([ROWS[0], row], tmp_path / "law")
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_nothing_is_overwritten_and_nothing_is_no_domain(tmp_path):
     with pytest.raises(moeret.DataError, match="no rows"):
         convert_rows([], tmp_path / "law")
@@ -190,7 +197,7 @@ def test_what_goes_wrong_with_a_data_set_is_told_and_leaves_nothing_behind(tmp_p
             convert_dataset("a/b", tmp_path / "law")
         assert "long story" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(moeret.ConfigError, match=r"pip install .\.\[datasets\]"):
+    with pytest.raises(moeret.ConfigError, match=r"pip install .moeret\[datasets\]"):
         convert_dataset("a/b", tmp_path / "law")
     assert [*tmp_path.iterdir()] == []
 

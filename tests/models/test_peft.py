@@ -131,8 +131,9 @@ NAME = "base_model.model.encoder.layer.2.attention.self.query.lora_"
 
 
 @pytest.mark.parametrize(("change", "told"), [
-    (lambda own: own | {NAME + "magnitude_vector": np.ones(3)}, "lora_magnitude_vector is no LoRA factor"),
+    (lambda own: own | {NAME + "magnitude_vector": np.ones(3)}, "lora_magnitude_vector' is no LoRA factor"),
     (lambda own: own | {"base_model.model.embeddings.word_embeddings.lora_embedding_A": np.ones(3)}, "is no LoRA factor"),
+    (lambda own: own | {NAME.replace("encoder", "text_encoder") + "A.weight": np.ones((4, 16))}, "text_.* is no LoRA factor"),
     (lambda own: own | {NAME.replace("layer.2", "layer.7") + "A.weight": np.ones((4, 16))}, "layer.7.* is no LoRA factor"),
     (lambda own: own | {NAME.replace(".model.", ".model.b.", 1) + "A.weight": np.ones((4, 16))}, "two adapters"),
     (lambda own: {NAME + "A.weight": own[NAME + "A.weight"]}, "only one of its two"),
