@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moeret.errors import ArtifactError
+from moeret.lock import sync
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
@@ -247,10 +248,10 @@ class Draft:
         try:
             write(temporary)
             entry = FileEntry(temporary.stat().st_size, sha256_of(temporary))
-            _sync(temporary)
+            sync(temporary)
             final = path.with_name(f"{path.stem}-{entry.sha256[:12]}{path.suffix}")
             temporary.replace(final)
-            _sync(final.parent)
+            sync(final.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -296,9 +297,9 @@ class Draft:
         temporary.unlink(missing_ok=True)
         try:
             write(temporary)
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -394,17 +395,9 @@ def write_atomically(path: Path, contents: bytes) -> None:
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
         temporary.write_bytes(contents)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,6 @@ The only importer of `datasets`.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from moeret.config import require
 from moeret.data.beir import encodable, row_of, short
 from moeret.data.records import format_of, records
 from moeret.errors import ConfigError, DataError
-from moeret.lock import writing
+from moeret.lock import new_folder, require_new
 
 _ANCHORS, _POSITIVES = ("anchor", "query", "question"), ("positive", "answer")
 
@@ -52,18 +51,8 @@ def convert_rows(
       ConfigError: `out` is there already. ArtifactError: it cannot be made. BusyError: it is being made.
       DataError: a row lacks a column or has something else than text in it; nothing is left behind.
     """
-    out = Path(out)
-    require(not out.exists(), f"{out} is there already; name a folder that is not")
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    with writing(unfinished):
-        try:
-            counts = _write(rows, unfinished, columns or Columns())
-            unfinished.rename(out)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        (out / ".lock").unlink()
-    return counts
+    with new_folder(Path(out)) as folder:
+        return _write(rows, folder, columns or Columns())
 
 
 def convert_file(path: str | Path, out: str | Path, *, columns: Columns | None = None) -> dict[str, int]:
@@ -95,7 +84,7 @@ def convert_dataset(
       ConfigError: `out` is there already, or `datasets` is not installed.
       DataError: as convert_rows; also where there is no such data set, subset or split, or the hub does not answer.
     """
-    require(not Path(out).exists(), f"{out} is there already; name a folder that is not")
+    require_new(Path(out))
     try:
         import datasets  # an extra, and slow to import
     except ImportError:
@@ -131,7 +120,7 @@ def _rows(path: Path, columns: Columns) -> Iterator[Mapping[str, Any]]:
 
 
 def _write(rows: Iterable[Mapping[str, Any]], folder: Path, columns: Columns) -> dict[str, int]:
-    (folder / "qrels").mkdir(exist_ok=True)
+    (folder / "qrels").mkdir()
     with (
         (folder / "corpus.jsonl").open("w") as corpus,
         (folder / "queries.jsonl").open("w") as queries,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 from moeret import artifact
 from moeret.config import MATRICES, ExpertConfig, require
 from moeret.errors import ConfigError
+from moeret.lock import new_folder
 from moeret.models.encoder import matrix_shapes
 from moeret.models.experts import Bank, layer_name
 from moeret.models.model import Model
@@ -46,21 +46,17 @@ def export_expert(
 
     Raises:
       ArtifactError: the model is damaged.
-      ConfigError: there is no such expert or format, or `out` is there already.
+      ConfigError: there is no such expert or format, or `out` is there already. BusyError: it is being made.
     """
     model, out = model if isinstance(model, Model) else Model.load(model), Path(out)
     require(to in get_args(Format), f"to must be {' or '.join(get_args(Format))}, got {to!r}")
     number = model.number(expert)
     require(expert != BASE_EXPERT, f"{BASE_EXPERT} is the base itself; name one of {', '.join(model.experts)}")
-    require(not out.exists(), f"{out} is there already; name a folder that is not")
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    if to == "sentence-transformers":
-        write_base(model.embedder.alone(number).base_encoder, unfinished)
-    else:
-        _write_adapter(model, number, unfinished)
-    unfinished.rename(out)
+    with new_folder(out) as folder:
+        if to == "sentence-transformers":
+            write_base(model.embedder.alone(number).base_encoder, folder)
+        else:
+            _write_adapter(model, number, folder)
     return out
 
 

@@ -11,7 +11,7 @@ from moeret import artifact, hub
 from moeret.artifact import MANIFEST, Artifact
 from moeret.config import DEFAULT_BASE, require
 from moeret.errors import ArtifactError
-from moeret.lock import writing
+from moeret.lock import new_folder, require_new, writing
 from moeret.models.card import MADE, model_card
 from moeret.models.model import KIND
 from moeret.models.pretrained import is_default_base
@@ -77,11 +77,10 @@ def pull_model(
       HubError: there is no such repository or revision, or the hub does not answer.
     """
     out = Path(out)
-    _require_new(out)
+    require_new(out)
     hub.show_progress(show_progress_bar)
     commit = hub.commit_of(repo_id, revision)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    with writing(unfinished):
+    with new_folder(out, resume=True) as unfinished:
         try:
             if not hub.fetch_file(repo_id, commit, MANIFEST, unfinished):
                 raise ArtifactError(f"no {MANIFEST} there")
@@ -99,13 +98,7 @@ def pull_model(
         for path in [own for own in unfinished.rglob("*") if own.is_file()]:
             if path.relative_to(unfinished).as_posix() not in (*names, ".lock"):
                 path.unlink()  # of an earlier commit, whose pull was interrupted
-        _require_new(out)  # it took a while
-        unfinished.rename(out)
     return artifact.look(out, KIND)
-
-
-def _require_new(out: Path) -> None:
-    require(not out.exists(), f"{out} is there already; name a folder that is not")
 
 
 def _model_there(repo_id: str, commit: str, there: set[str]) -> set[str]:

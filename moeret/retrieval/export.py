@@ -1,7 +1,6 @@
 """An index for those who search with something else: vectors, ids and metadata as files, and where a query goes."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import numpy as np
 from moeret import artifact
 from moeret.config import IndexConfig, require
 from moeret.data.records import write_parquet
+from moeret.lock import new_folder
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.retrieval.hnsw import build_vector_index, save_graph
 from moeret.retrieval.segment import LiveSegment
@@ -32,38 +32,33 @@ def export_index(index: str | Path, out: str | Path, to: Format = "parquet") -> 
 
     Raises:
       ArtifactError: the index is damaged.
-      ConfigError: `out` is there already, or there is no such format.
+      ConfigError: `out` is there already, or there is no such format. BusyError: it is being made.
       DataError: Parquet is asked for and pyarrow is not installed.
     """
     require(to in ("parquet", "hnswlib"), f"to must be parquet or hnswlib, got {to!r}")
     root, out = Path(index), Path(out)
     published = artifact.read(root, KIND)
-    require(not out.exists(), f"{out} is there already; name a folder that is not")
     model = artifact.inside(published, published.meta["model"]["folder"], MODEL_KIND)
     held = all_segments(published)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     entries, width = [], 0
-    for name, segments in held.items():
-        width = segments[0].segment.vectors.vectors.shape[1]
-        write = _write_parquet if to == "parquet" else _write_hnswlib
-        documents = published.meta["experts"][name]["documents"]
-        files = write(unfinished, name, segments, IndexConfig(**published.meta["config"]))
-        entries.append({"name": name, "documents": documents, **files})
-    experts = [entry["name"] for entry in model.meta["experts"]]
-    table = {
-        "format": to,
-        "dimension": width,
-        "metric": "inner product of vectors of length 1",
-        "tower": model.meta["tower"],
-        "model": {"fingerprint": model.fingerprint, "experts": experts},
-        "index": {"fingerprint": published.fingerprint, "snapshot": published.snapshot},
-        "base": BASE_EXPERT,
-        "experts": entries,
-    }
-    artifact.write_atomically(unfinished / _ROUTING, (json.dumps(table, indent=1) + "\n").encode())
-    unfinished.rename(out)
+    with new_folder(out) as folder:
+        for name, segments in held.items():
+            width = segments[0].segment.vectors.vectors.shape[1]
+            write = _write_parquet if to == "parquet" else _write_hnswlib
+            documents = published.meta["experts"][name]["documents"]
+            files = write(folder, name, segments, IndexConfig(**published.meta["config"]))
+            entries.append({"name": name, "documents": documents, **files})
+        table = {
+            "format": to,
+            "dimension": width,
+            "metric": "inner product of vectors of length 1",
+            "tower": model.meta["tower"],
+            "model": {"fingerprint": model.fingerprint, "experts": [entry["name"] for entry in model.meta["experts"]]},
+            "index": {"fingerprint": published.fingerprint, "snapshot": published.snapshot},
+            "base": BASE_EXPERT,
+            "experts": entries,
+        }
+        (folder / _ROUTING).write_text(json.dumps(table, indent=1) + "\n")
     return table
 
 

@@ -149,7 +149,7 @@ def test_a_folder_that_somebody_made_meanwhile_is_left_alone(tmp_path):
         (tmp_path / "law").mkdir()
         (tmp_path / "law" / "theirs").touch()
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(moeret.ConfigError, match="is there already"):
         convert_rows(rows(), tmp_path / "law")
     assert [str(own.relative_to(tmp_path)) for own in tmp_path.rglob("*")] == ["law", "law/theirs"]
 

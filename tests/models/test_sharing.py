@@ -165,7 +165,7 @@ def test_a_model_comes_back_as_it_was(server, model_folder, tmp_path):
             before.encode_query(QUERIES, expert=expert), after.encode_query(QUERIES, expert=expert)
         )
     names = {path.name for path in (tmp_path / "pulled").iterdir()}
-    assert names == {path.name for path in model_folder.iterdir()} - {"training"} | {"README.md", ".lock"}
+    assert names == {path.name for path in model_folder.iterdir()} - {"training", ".lock"} | {"README.md"}
     assert [path.name for path in tmp_path.iterdir()] == ["pulled"]
 
 

@@ -241,7 +241,7 @@ def failing(patched, places, left, error):
     return calls
 
 
-FULL = [("_sync", artifact, 0), ("_sync", artifact, 1), ("_sync", artifact, 9), ("save_file", segment, 0)]
+FULL = [("sync", artifact, 0), ("sync", artifact, 1), ("sync", artifact, 9), ("save_file", segment, 0)]
 FULL += [("save_file", segment, 1), ("save_file", snapshot, 0), ("write_documents", segment, 1), ("_save", hnsw, 0)]
 
 
@@ -283,7 +283,7 @@ def test_a_writer_killed_anywhere_leaves_one_snapshot_or_the_other_and_is_made_g
 
     def killed(own, left):
         with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
-            calls = failing(patched, [(artifact, "_sync"), (os, "rmdir")], left, KeyboardInterrupt)
+            calls = failing(patched, [(artifact, "sync"), (os, "rmdir")], left, KeyboardInterrupt)
             run(own)
         return calls["all"]
 

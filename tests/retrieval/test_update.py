@@ -281,7 +281,7 @@ class Changing(RuleBasedStateMachine):
 
     def publish(self, expected, run, crash):
         """Runs a change, killed at some write if `crash`; then again, as a user would."""
-        before, usual = self.expected, artifact._sync
+        before, usual = self.expected, artifact.sync
         if crash is not None:
             left = crash
 
@@ -292,13 +292,13 @@ class Changing(RuleBasedStateMachine):
                     raise Interrupted
                 usual(path)
 
-            artifact._sync = dying
+            artifact.sync = dying
             try:
                 run()
             except Interrupted:
                 assert self.held() in (self.plain(before), self.plain(expected))
             finally:
-                artifact._sync = usual
+                artifact.sync = usual
         run()
         self.expected = expected
         if expected != before:
