@@ -73,6 +73,13 @@ def require_new(out: Path) -> None:
     require(not out.exists(), f"{out} is there already; name a folder that is not")
 
 
+def require_own(out: Path, *marks: str) -> None:
+    """Raises ConfigError where a directory has none of the files that mark it as ours, and others: ours would lie among them."""
+    if out.is_dir() and not any((out / mark).exists() for mark in marks):
+        others = sorted(path.name for path in out.iterdir() if path.name != _LOCK)
+        require(not others, f"{out} holds other things ({', '.join(others[:3])}); name a new directory")
+
+
 def sync(path: Path) -> None:
     """Returns when what a file or directory holds is on disk."""
     descriptor = os.open(path, os.O_RDONLY)

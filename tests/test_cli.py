@@ -213,6 +213,25 @@ def test_search_takes_a_number_of_experts_or_all(chain):
     assert len(done("search", chain.index, QUERY, "--k", 2, "--json").json["hits"]) == 2
 
 
+def test_search_takes_a_route(chain):
+    found = done("search", chain.index, QUERY, "--route", "base", "--json").json
+    best = moeret.Retriever.load(chain.index).search(QUERY, route="base")
+    assert [hit["id"] for hit in found["hits"]] == [hit.id for hit in best] and found["experts"] is None
+    assert done("search", chain.index, QUERY, "--route", "metal").out.startswith("\n1. ")
+    assert_fails(run("search", chain.index, QUERY, "--route", "law"), "no route 'law'")
+    assert_fails(
+        run("search", chain.index, QUERY, "--route", "metal", "--experts", 1), "does not go with --route metal"
+    )
+
+
+def test_training_does_not_write_among_other_things(tmp_path, two_domains, base_folder):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").touch()
+    ran = run("train", *pairs(two_domains), "--out", tmp_path / "data", "--base", base_folder, *FAST)
+    assert_fails(ran, "holds other things (mine.txt); name a new directory")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine.txt"]
+
+
 def test_without_hybrid_the_cosine_alone_counts(chain):
     scores = {}
     for option in ("--hybrid", "--no-hybrid"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moeret
-from moeret.lock import new_folder
+from moeret.lock import new_folder, require_own
 
 
 def fill(out, text="whole", **options):
@@ -62,6 +62,16 @@ def test_what_is_there_stays(tmp_path):
         fill(folder / "unused")
         (tmp_path / "later").mkdir()
     assert (tmp_path / "out" / "a" / "b" / "file").read_text() == "mine" and names(tmp_path / "later") == []
+
+
+def test_a_folder_of_other_things_is_not_written_into(tmp_path):
+    require_own(tmp_path / "new", "manifest.json")
+    for name in (".lock", "manifest.json", "data"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        require_own(tmp_path / "out", "manifest.json", "training")
+    (tmp_path / "out" / "manifest.json").rmdir()
+    with pytest.raises(moeret.ConfigError, match=r"holds other things \(data\); name a new directory"):
+        require_own(tmp_path / "out", "manifest.json", "training")
 
 
 def test_one_makes_it_at_a_time(tmp_path):

@@ -99,7 +99,8 @@ class Index:
             return
         OUT.print(index_table(done.published.meta))
         if done.unknown:
-            complain(f"{done.unknown} of the documents to delete are not in the index")
+            hint = "; those of an expert are deleted by --delete NAME=FILE" if "" in deletions else ""
+            complain(f"{done.unknown} of the documents to delete are not in the index{hint}")
         OUT.print(", ".join(f"{count} {key}" for key, count in counts.items() if key != "unknown"))
         OUT.print(f"Index: {self.out}, snapshot {done.published.snapshot}", markup=False)
 

@@ -26,6 +26,8 @@ class Search:
     """How many hits."""
     experts: str | None = None
     """At most this many experts, or `all` to search every index; unless given, as the router decides."""
+    route: str = "auto"
+    """auto: the router decides. all: so too, but every index is searched. base, shared or an expert's name: by that alone."""
     where: str | None = None
     """Only documents whose metadata fulfil this JSON, for example '{"lang": "en", "year": {"gte": 2020}}'."""
     hybrid: bool = True
@@ -36,28 +38,33 @@ class Search:
     def run(self) -> None:
         from moeret.retrieval.search import Retriever
 
-        route, experts = ("all", None) if self.experts == "all" else ("auto", _whole(self.experts))
+        require(
+            self.experts is None or self.route in ("auto", "all"), f"--experts does not go with --route {self.route}"
+        )
+        route, experts = ("all", None) if self.experts == "all" else (self.route, _whole(self.experts))
         where = None if self.where is None else _filter(self.where)
         retriever = Retriever.load(self.index, hybrid=self.hybrid)
         found = retriever.rank([self.query], self.k, route=route, experts=experts, where=where)
-        [hits], [routed] = retriever.hits(found), found.routes
+        [hits], [routed] = retriever.hits(found), found.routes or [None]
         if self.json:
             fields = ("rank", "id", "score", "expert", "domain", "title", "text", "metadata")
             print_json(
                 {
                     "query": self.query,
-                    "experts": routed.experts,
-                    "abstained": routed.abstained,
+                    "experts": routed and routed.experts,
+                    "abstained": routed and routed.abstained,
                     "hits": [{name: getattr(hit, name) for name in fields} for hit in hits],
                 }
             )
             return
-        _print_route(routed)
+        if routed:
+            _print_route(routed)
         if not hits:
             OUT.print("nothing found" + ("" if where is None else ": no document fulfils the filter"))
         for hit in hits:
+            title = f"{shown_line(hit.title, 100)}  " if hit.title else ""
             OUT.print(
-                f"\n{hit.rank}. {hit.score:.3f}  {shown_line(hit.title or hit.id, 100)}  ({hit.expert}/{shown_line(hit.id, 60)})",
+                f"\n{hit.rank}. {hit.score:.3f}  {title}({hit.expert}/{shown_line(hit.id, 60)})",
                 markup=False,
                 style="bold",
             )

@@ -129,6 +129,7 @@ def read_domain(name: str, path: Path, splits: tuple[str, ...], optional: tuple[
     if missing:
         raise DataError(
             f"{wanted[missing[0]]} is not there; domain {name} needs judged queries in its {missing[0]} split"
+            + (" (an expert without any: moeret experts add --label-free)" if missing[0] == "train" else "")
         )
     present = {split: file for split, file in wanted.items() if file.is_file()}
     queries = read_queries(path / "queries.jsonl") if present else {}

@@ -15,11 +15,11 @@ from moeret.artifact import Artifact, Draft
 from moeret.config import EngineName, IndexConfig, OnError, differences, require, to_json
 from moeret.data.sources import Plan, Source, scan
 from moeret.errors import ArtifactError, ConfigError
-from moeret.lock import writing
+from moeret.lock import require_own, writing
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import VECTORS, WORK, Model
 from moeret.retrieval.engine import engine_of
-from moeret.retrieval.job import MODEL, Job, include_segment, remove_leftovers, remove_published
+from moeret.retrieval.job import FOLDER, MODEL, Job, include_segment, remove_leftovers, remove_published
 from moeret.retrieval.snapshot import KIND, publish_snapshot
 
 _SKIPPED = "skipped.jsonl"
@@ -56,6 +56,7 @@ def build_index(
     require(bool(sources), "there is nothing to index; give --domain NAME=BEIR_DIR or --corpus FILE.jsonl")
     plan = scan(sources, config.shard_documents, on_error)
     request = {**to_json(config), "model": published.fingerprint, "on_error": on_error, **plan.digests}
+    require_own(out, artifact.MANIFEST, FOLDER)
     with writing(out):
         if artifact.exists(out) and (finished := _finished(out, request, overwrite)):
             remove_published(out, finished)

@@ -17,8 +17,9 @@ from moeret.artifact import Artifact, Draft
 from moeret.config import DEFAULT_BASE, ExpertConfig, TrainConfig, differences, require, to_json
 from moeret.data.beir import check_name
 from moeret.errors import ConfigError
-from moeret.lock import writing
+from moeret.lock import require_own, writing
 from moeret.models import experts
+from moeret.models.card import MADE
 from moeret.models.embed import Embedder
 from moeret.models.memory import Blend
 from moeret.models.mesh import local_mesh
@@ -75,6 +76,8 @@ def train(
         "base": encoder.fingerprint,
         **{f"domain {name}": source_digests(path) for name, path in domains.items()},
     }
+    if is_first():
+        require_own(out, artifact.MANIFEST, WORK, MADE)
     with writing(out) if is_first() else nullcontext(), counted(out, "train") as start:
         if artifact.exists(out):
             finished = artifact.read(out, KIND)
