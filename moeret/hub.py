@@ -46,11 +46,17 @@ def fetch_file(repo_id: str, commit: str, name: str, folder: Path) -> bool:
     return True
 
 
-def show_progress(shown: bool) -> None:
-    """Whether the hub's client draws its bars from now on."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+@contextmanager
+def progress(shown: bool) -> Iterator[None]:
+    """Within it the hub's client draws its bars, or does not; they are the whole process's, so they are set back."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    before = not are_progress_bars_disabled()
     (enable_progress_bars if shown else disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (enable_progress_bars if before else disable_progress_bars)()
 
 
 def exists(repo_id: str) -> bool:

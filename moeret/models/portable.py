@@ -88,13 +88,7 @@ def _write_adapter(model: Model, expert: int, out: Path) -> None:
 
 
 def adapter_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that `read_adapter` reads. Raises ConfigError if one is not there."""
-    for name in (_CONFIG, _WEIGHTS):
-        require(
-            (folder / name).is_file(),
-            f"{folder} is no PEFT adapter: it has no {name}; "
-            "`save_pretrained` of PEFT or of sentence-transformers writes one (moeret reads weights from safetensors only)",
-        )
+    """SHA-256 of the files that `read_adapter` reads."""
     return {name: artifact.sha256_of(folder / name) for name in (_CONFIG, _WEIGHTS)}
 
 
@@ -107,7 +101,12 @@ def read_adapter(folder: Path, base: Base, shape: ExpertConfig) -> Bank:
     Raises:
       ConfigError: no such adapter, more than LoRA factors in it, it is of another base, or it does not fit the shape.
     """
-    adapter_digests(folder)
+    for name in (_CONFIG, _WEIGHTS):
+        require(
+            (folder / name).is_file(),
+            f"{folder} is no PEFT adapter: it has no {name}; "
+            "`save_pretrained` of PEFT or of sentence-transformers writes one (moeret reads weights from safetensors only)",
+        )
     settings = _read_settings(folder / _CONFIG, base)
     places = {matrix_name(layer, matrix): (layer, matrix) for layer in range(base.config.layers) for matrix in MATRICES}
     factors: dict[tuple[int, str], dict[str, np.ndarray]] = {}

@@ -45,12 +45,11 @@ def push_model(
     """
     model, licenses, sources = Path(model), dict(data_licenses or {}), dict(data_sources or {})
     artifact.read(model, KIND)  # nothing is locked or made where there is no model
-    with writing(model):
+    with writing(model), hub.progress(show_progress_bar):
         published = artifact.read(model, KIND)
         names = [entry["name"] for entry in published.meta["experts"]]
         for name in (*licenses, *sources):
             require(name in names, f"there is no expert {name!r} in {model}; it has {', '.join(names)}")
-        hub.show_progress(show_progress_bar)
         parent, there = hub.open_repository(repo_id, private=private)
         before = _model_there(repo_id, parent, there)
         files: dict[str, Path | bytes] = {name: model / name for name in (*published.files, MANIFEST)}
@@ -78,9 +77,8 @@ def pull_model(
     """
     out = Path(out)
     require_new(out)
-    hub.show_progress(show_progress_bar)
     commit = hub.commit_of(repo_id, revision)
-    with new_folder(out, resume=True) as unfinished:
+    with new_folder(out, resume=True) as unfinished, hub.progress(show_progress_bar):
         try:
             if not hub.fetch_file(repo_id, commit, MANIFEST, unfinished):
                 raise ArtifactError(f"no {MANIFEST} there")

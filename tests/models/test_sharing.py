@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import QUERIES
 from huggingface_hub import HfApi, constants, file_download
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 import moeret
 from moeret import artifact, hub
@@ -167,6 +168,14 @@ def test_a_model_comes_back_as_it_was(server, model_folder, tmp_path):
     names = {path.name for path in (tmp_path / "pulled").iterdir()}
     assert names == {path.name for path in model_folder.iterdir()} - {"training", ".lock"} | {"README.md"}
     assert [path.name for path in tmp_path.iterdir()] == ["pulled"]
+
+
+def test_the_clients_bars_are_as_they_were(server, model_folder, tmp_path):
+    for shown in (True, False):
+        (enable_progress_bars if shown else disable_progress_bars)()
+        push_model(model_folder, REPO, show_progress_bar=not shown)
+        pull_model(REPO, tmp_path / str(shown), show_progress_bar=not shown)
+        assert are_progress_bars_disabled() != shown
 
 
 def test_a_later_push_replaces_the_model_and_leaves_other_peoples_files(server, model_folder, tmp_path):
