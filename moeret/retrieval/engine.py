@@ -30,13 +30,18 @@ class Engine(Protocol):
 
 
 class Local:
-    """Here: shards one by one with all cores (or devices), segments side by side."""
+    """Here: shards one by one with all cores (or devices), each written while the next is embedded; segments side by side."""
 
     def encode(self, task: ShardTask, shards: Sequence[Shard], model: Model, advance: Advance) -> None:
         """Publishes all of these shards."""
         encoder = task.encoder(model)
-        for shard, documents in read_shards(shards):
-            task.encode(encoder, shard, documents, advance)
+        with ThreadPoolExecutor(1) as writer:
+            written = writer.submit(lambda: None)
+            for shard, documents in read_shards(shards):
+                publish = task.encode(encoder, shard, documents, advance)
+                written.result()
+                written = writer.submit(publish)
+            written.result()
 
     def link(self, work: Sequence[tuple[int, Link]], advance: Advance) -> list[Artifact]:
         """What each of these makes; one thread a graph, so that each is the same in every build."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from moeret import artifact
 from moeret.config import IndexConfig, OnError, require
-from moeret.data.sources import Plan, Shard, read_shards, scan
+from moeret.data.sources import Plan, Shard, Source, read_shards, scan
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of
@@ -63,13 +63,13 @@ def estimate_index(
 
 
 def _sample(plan: Plan) -> list[tuple[Shard, list[Document]]]:
-    """Documents from all over the plan."""
+    """Documents from all over the plan; those of one source together, as a job has them."""
     chosen = [plan.shards[place] for place in np.unique(np.linspace(0, len(plan.shards) - 1, _SHARDS).astype(int))]
-    out = []
+    out: dict[Source, tuple[Shard, list[Document]]] = {}
     for shard, documents in read_shards(chosen):
         places = np.unique(np.linspace(0, len(documents) - 1, _DOCUMENTS).astype(int))
-        out.append((shard, [documents[place] for place in places]))
-    return out
+        out.setdefault(shard.source, (shard, []))[1].extend(documents[place] for place in places)
+    return [*out.values()]
 
 
 def _told(
@@ -80,7 +80,9 @@ def _told(
     def encode(part: str) -> tuple[float, list[Any]]:
         started = time.perf_counter()
         done = [
-            encoder.encode(shard, documents, scratch / part / str(number), lambda count: None)
+            encoder.publish(
+                shard, documents, encoder.place(shard, documents, lambda count: None), scratch / part / str(number)
+            )
             for number, (shard, documents) in enumerate(sample)
         ]
         return time.perf_counter() - started, done

@@ -205,8 +205,10 @@ def write_vector_index(draft: Draft, name: str, segment: VectorIndex) -> dict[st
     return entry
 
 
-def read_vector_index(artifact: Artifact, entry: dict[str, Any], config: IndexConfig) -> VectorIndex:
-    """Loads a vector index whose files the artifact has verified.
+def read_vector_index(
+    artifact: Artifact, entry: dict[str, Any], config: IndexConfig, *, searched: bool = True
+) -> VectorIndex:
+    """Loads a vector index whose files the artifact has verified; without its graph where it is not to be `searched`.
 
     Raises:
       ArtifactError: the graph is not the one that its entry describes.
@@ -214,8 +216,9 @@ def read_vector_index(artifact: Artifact, entry: dict[str, Any], config: IndexCo
     tensors = load_file(artifact.path(entry["table"]))
     if "graph" not in entry:
         return VectorIndex(tensors["offsets"], tensors["rows"], tensors["vectors"], None)
-    graph, vectors = _load(artifact.path(entry["graph"]), entry, config)
-    return VectorIndex(tensors["offsets"], tensors["rows"], vectors, graph)
+    path = artifact.path(entry["graph"])
+    vectors = _vectors_in(path, entry, config)
+    return VectorIndex(tensors["offsets"], tensors["rows"], vectors, _load(path, entry, config) if searched else None)
 
 
 def _group_equal(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -277,8 +280,8 @@ def save_graph(index: VectorIndex, path: Path) -> None:
     _save(index.graph, path)
 
 
-def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> tuple[hnswlib.Index, Float[np.ndarray, "V D"]]:
-    """The graph, and its vectors as they lie in its file: hnswlib itself gives them out as Python lists."""
+def _vectors_in(path: Path, entry: dict[str, Any], config: IndexConfig) -> Float[np.ndarray, "V D"]:
+    """A graph's vectors as they lie in its file: hnswlib itself gives them out as Python lists."""
     with path.open("rb") as file:
         raw = file.read(_HEADER.size)
     links = 2 * config.M * 4 + 4
@@ -296,15 +299,19 @@ def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> tuple[hnswl
         )
     if not fits:
         raise ArtifactError(f"{path} is not the HNSW graph that its manifest describes; build the index anew")
-    graph = hnswlib.Index(space="ip", dim=entry["width"])
-    try:
-        graph.load_index(str(path), max_elements=count)
-    except RuntimeError as error:
-        raise ArtifactError(f"{path} cannot be loaded: {error}; build the index anew") from None
-    graph.set_ef(config.ef)
     raw, strides = np.memmap(path, np.uint8, "r"), (per_element,)
     labels = np.ndarray((count,), "<u8", raw, _HEADER.size + per_element - 8, strides)
     if not np.array_equal(labels, np.arange(count)):  # vectors are told by their places
         raise ArtifactError(f"{path} has its vectors in another order than its manifest; build the index anew")
-    vectors = np.ndarray((count, entry["width"]), "<f4", raw, _HEADER.size + links, (*strides, 4))
-    return graph, vectors
+    return np.ndarray((count, entry["width"]), "<f4", raw, _HEADER.size + links, (*strides, 4))
+
+
+def _load(path: Path, entry: dict[str, Any], config: IndexConfig) -> hnswlib.Index:
+    """A graph that `_vectors_in` has looked at."""
+    graph = hnswlib.Index(space="ip", dim=entry["width"])
+    try:
+        graph.load_index(str(path), max_elements=entry["vectors"])
+    except RuntimeError as error:
+        raise ArtifactError(f"{path} cannot be loaded: {error}; build the index anew") from None
+    graph.set_ef(config.ef)
+    return graph

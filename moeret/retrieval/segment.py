@@ -4,6 +4,7 @@ A segment has its documents' texts, their vectors, how often which word stands w
 indexing job writes every shard as segments without a graph; joining these is what links graphs, and compacts later.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,13 +66,13 @@ class Content:
     answers: Answers | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """A segment on disk. `sketch` is empty where no graph has been linked yet."""
 
     published: Artifact
+    config: IndexConfig
     store: DocumentStore
-    vectors: VectorIndex
     loose: Bool[np.ndarray, "N"]
     identities: UInt64[np.ndarray, "N"]
     sketch: Float[np.ndarray, "C D"]
@@ -80,6 +81,15 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.loose)
+
+    @functools.cached_property
+    def vectors(self) -> VectorIndex:
+        """Its vectors and their graph: most of its memory, so they are loaded when first asked for.
+
+        Raises:
+          ArtifactError: the graph is not the one that the manifest describes.
+        """
+        return read_vector_index(self.published, self.published.meta["vectors"], self.config)
 
     def documents(self, kept: Bool[np.ndarray, "N"]) -> Iterator[Document]:
         """Its documents that are kept, in order, a few in memory at a time."""
@@ -155,17 +165,13 @@ def write_segment(
 
 
 def open_segment(published: Artifact, config: IndexConfig) -> Segment:
-    """Loads a segment whose files are verified.
-
-    Raises:
-      ArtifactError: its graph is not the one that its manifest describes.
-    """
+    """Opens a segment whose files are verified."""
     meta, tensors = published.meta, load_file(published.path(published.meta["table"]))
     answers = Answers(tensors["answers.offsets"], tensors["answers.rows"]) if "answers.rows" in tensors else None
     return Segment(
         published,
+        config,
         DocumentStore(published.path(meta["store"])),
-        read_vector_index(published, meta["vectors"], config),
         tensors["loose"],
         tensors["identities"],
         tensors["sketch"],
@@ -184,7 +190,19 @@ def joined(parts: Sequence[tuple[Segment, Bool[np.ndarray, "_"]]]) -> Content:
         (document for store, own in stores for document in _documents(store, own)),
         np.concatenate([part.loose[own] for part, own in parts]),
         np.concatenate([part.identities[own] for part, own in parts]),
-        np.concatenate([part.vectors.vectors_of(np.flatnonzero(own)) for part, own in parts]),
+        _vectors_of(parts),
         Counts.joined(counts, kept) if counts else None,
         Answers.joined(answers, kept) if answers else None,
     )
+
+
+def _vectors_of(parts: Sequence[tuple[Segment, Bool[np.ndarray, "_"]]]) -> Float[np.ndarray, "N D"]:
+    """The vectors of what is kept of several segments, of which one at a time is read, without its graph."""
+    width = parts[0][0].published.meta["vectors"]["width"]
+    out, start = np.empty((sum(int(own.sum()) for _, own in parts), width), np.float32), 0
+    for part, own in parts:
+        index = read_vector_index(part.published, part.published.meta["vectors"], part.config, searched=False)
+        rows = np.flatnonzero(own)
+        out[start : start + len(rows)] = index.vectors_of(rows)
+        start += len(rows)
+    return out

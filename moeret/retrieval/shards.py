@@ -5,8 +5,9 @@ done is all that a job has to remember, and any process that has the model can e
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,10 @@ from moeret.types import BASE_EXPERT, Document
 KIND = "shard"
 
 
+Placed = dict[str, tuple[np.ndarray, Float[np.ndarray, "_ D"]]]
+"""Expert -> the rows of its documents in a shard, and their vectors."""
+
+
 class ShardEncoder:
     """Encodes shards with one model; vectors that training has kept in `kept` are taken from there."""
 
@@ -37,8 +42,8 @@ class ShardEncoder:
             name: read_memory(model.published, name) if model.tower == "query" else None for name in model.experts
         }
 
-    def encode(self, shard: Shard, documents: Sequence[Document], folder: Path, advance: Advance) -> Artifact:
-        """Embeds the documents, gives each to its experts, and publishes the shard at `folder`.
+    def publish(self, shard: Shard, documents: Sequence[Document], placed: Placed, folder: Path) -> Artifact:
+        """Publishes a shard at `folder`, of whose documents `place` has made this.
 
         Raises:
           DataError: a vector is not finite.
@@ -46,7 +51,6 @@ class ShardEncoder:
         """
         shutil.rmtree(folder, ignore_errors=True)  # what a killed job left
         draft = Draft(folder, KIND)
-        placed = self._placed(shard, documents, advance)
         for name, (rows, vectors) in placed.items():
             own = [documents[row] for row in rows]
             draft.include(self._segment(name, own, vectors, not shard.source.domain, folder / name), name)
@@ -66,10 +70,8 @@ class ShardEncoder:
         )
         return write_segment(folder, content, self._config, linked=False)
 
-    def _placed(
-        self, shard: Shard, documents: Sequence[Document], advance: Advance
-    ) -> dict[str, tuple[np.ndarray, Float[np.ndarray, "_ D"]]]:
-        """Expert -> the rows of its documents and their vectors.
+    def place(self, shard: Shard, documents: Sequence[Document], advance: Advance) -> Placed:
+        """Embeds a shard's documents and gives each to its experts.
 
         Documents without a domain that are familiar go to the expert that the router gives them to. With one document space
         the base's own index has them all: a query of their domain finds them in one place, and those among them that an
@@ -132,11 +134,13 @@ class ShardTask:
         """Where a shard is published."""
         return self.root / f"{shard.number:06d}"
 
-    def encode(self, encoder: ShardEncoder, shard: Shard, documents: list[Document], advance: Advance) -> None:
-        """Publishes a shard of which these are the documents."""
+    def encode(
+        self, encoder: ShardEncoder, shard: Shard, documents: list[Document], advance: Advance
+    ) -> Callable[[], Artifact]:
+        """Embeds a shard of which these are the documents; what comes back publishes it, in any thread."""
         wanted = documents if self.places is None else [documents[place] for place in self.places[shard.number]]
         advance(len(documents) - len(wanted))
-        encoder.encode(shard, wanted, self.folder(shard), advance)
+        return partial(encoder.publish, shard, wanted, encoder.place(shard, wanted, advance), self.folder(shard))
 
 
 def done(folder: Path) -> Artifact | None:
