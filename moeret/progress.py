@@ -1,7 +1,9 @@
-"""Progress bars: the only place that draws them. Silent unless a caller asks."""
+"""What a long job tells people on standard error, and only if a caller asks: the only place that does."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,13 +11,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Advance = Callable[..., None]
 """advance(n=1, note="") moves a bar on by n and shows the note behind it."""
 
+_LINE_EVERY = 30.0
+"""Seconds between a bar's lines where there is no terminal to draw it on, as in a log."""
+
+
+def announce(text: str, *, shown: bool) -> None:
+    """Says what comes next."""
+    if shown:
+        _print(Console(stderr=True), text)
+
 
 @contextmanager
 def progress_bar(description: str, total: int, *, shown: bool, unit: str = "", start: int = 0) -> Iterator[Advance]:
-    """Draws a bar with count and time left on stderr while the block runs, or nothing unless `shown`."""
+    """Draws a bar with count and time left while the block runs, or prints a line now and then where there is no terminal."""
+    console = Console(stderr=True)
     if not shown or total <= start:
         yield lambda n=1, note="": None
-        return
+    elif console.is_terminal:
+        with _bar(console, description, total, unit, start) as advance:
+            yield advance
+    else:
+        lines = _Lines(console, description, total, unit, start)
+        try:
+            yield lines.advance
+        finally:
+            lines.print()
+
+
+@contextmanager
+def _bar(console: Console, description: str, total: int, unit: str, start: int) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
@@ -24,10 +48,38 @@ def progress_bar(description: str, total: int, *, shown: bool, unit: str = "", s
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
+    with Progress(*columns, console=console, refresh_per_second=4) as bars:
         task = bars.add_task(description, total=total, completed=start, note="")
 
         def advance(n: int = 1, note: str | None = None) -> None:
             bars.update(task, advance=n, **({} if note is None else {"note": note}))
 
         yield advance
+
+
+class _Lines:
+    """How far a job is, line by line."""
+
+    def __init__(self, console: Console, description: str, total: int, unit: str, start: int):
+        self._console, self._what, self._total, self._unit = console, description, total, unit
+        self._start = self._done = start
+        self._began = self._printed = time.monotonic()
+        self._note = ""
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Moves on by n."""
+        self._done, self._note = self._done + n, note
+        if time.monotonic() - self._printed >= _LINE_EVERY:
+            self.print()
+
+    def print(self) -> None:
+        """Says how far it is."""
+        self._printed = now = time.monotonic()
+        left = (self._total - self._done) * (now - self._began) / max(1, self._done - self._start)
+        parts = [f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"]
+        parts += [f"{timedelta(seconds=round(left))} left"] if self._start < self._done < self._total else []
+        _print(self._console, ", ".join([*parts, self._note] if self._note else parts))
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -232,6 +232,12 @@ def test_training_does_not_write_among_other_things(tmp_path, two_domains, base_
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine.txt"]
 
 
+def test_a_query_needs_no_quotes(chain):
+    quoted = done("search", chain.index, QUERY, "-k", 3, "--json").json
+    assert done("search", chain.index, *QUERY.split(), "-k", 3, "--json").json == quoted
+    assert done("route", chain.index, *QUERY.split()).out == done("route", chain.index, QUERY).out
+
+
 def test_without_hybrid_the_cosine_alone_counts(chain):
     scores = {}
     for option in ("--hybrid", "--no-hybrid"):

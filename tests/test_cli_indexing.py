@@ -37,6 +37,8 @@ def test_an_index_is_updated_compacted_rolled_back_and_verified(tmp_path, index,
         ("n2021", "", 2021),
     }
     assert "no document fulfils" in done("search", index, QUERY, "--where", '{"year": 1}').out
+    mistyped = done("search", index, QUERY, "--where", '{"year": 2020, "yaer": 2020}').out
+    assert "nothing found: no document has the field yaer\n" in mistyped
     assert done("compact", index, "--json").json["experts"]["fruit"]["segments"][0]["deleted"] == 0
     assert done("verify", index, "--json").json["problems"] == []
     assert "whole" in done("verify", index).out
@@ -57,7 +59,7 @@ def test_what_an_index_would_cost(tmp_path, model_folder, two_domains):
 def test_documents_that_cannot_be_used_are_named_or_skipped(tmp_path, model_folder):
     (tmp_path / "c.jsonl").write_text('{"_id": 1, "text": "apple"}\n{"_id": 2}\n')
     arguments = ["index", model_folder, "--out", tmp_path / "i", "--corpus", tmp_path / "c.jsonl"]
-    assert_fails(run(*arguments), "c.jsonl: line 2: text is missing")
+    assert_fails(run(*arguments), "c.jsonl: line 2: there is no text; it has ")
     skipped = run(*arguments, "--on-error", "skip")
     assert skipped.code == 0 and "1 documents were skipped" in skipped.err
     assert json.loads((tmp_path / "i" / "skipped.jsonl").read_text())["line"] == 2

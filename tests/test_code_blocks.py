@@ -280,7 +280,7 @@ def workspace(tmp_path_factory, base_folder) -> Path:
     ]
     write_jsonl(here / "rows.jsonl", rows)
     documents = [
-        {"doc_id": f"m{number}", "heading": "", "body": row["positive"]} for number, row in enumerate(rows[:8])
+        {"doc_id": f"m{number}", "heading": "", "body": row["positive"]} for number, row in enumerate(rows[:10])
     ]
     write_jsonl(here / "documents.jsonl", documents)
     return here

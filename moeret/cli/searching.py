@@ -22,6 +22,8 @@ class Search:
     """Index directory."""
     query: tyro.conf.Positional[str]
     """What to look for."""
+    more: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Its further words, where it is not in quotes."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """How many hits."""
     experts: str | None = None
@@ -43,14 +45,14 @@ class Search:
         )
         route, experts = ("all", None) if self.experts == "all" else (self.route, _whole(self.experts))
         where = None if self.where is None else _filter(self.where)
-        retriever = Retriever.load(self.index, hybrid=self.hybrid)
-        found = retriever.rank([self.query], self.k, route=route, experts=experts, where=where)
+        query, retriever = " ".join([self.query, *self.more]), Retriever.load(self.index, hybrid=self.hybrid)
+        found = retriever.rank([query], self.k, route=route, experts=experts, where=where)
         [hits], [routed] = retriever.hits(found), found.routes or [None]
         if self.json:
             fields = ("rank", "id", "score", "expert", "domain", "title", "text", "metadata")
             print_json(
                 {
-                    "query": self.query,
+                    "query": query,
                     "experts": routed and routed.experts,
                     "abstained": routed and routed.abstained,
                     "hits": [{name: getattr(hit, name) for name in fields} for hit in hits],
@@ -60,7 +62,9 @@ class Search:
         if routed:
             _print_route(routed)
         if not hits:
-            OUT.print("nothing found" + ("" if where is None else ": no document fulfils the filter"))
+            OUT.print(
+                "nothing found" + ("" if where is None else f": {_why_none(retriever, query, where)}"), markup=False
+            )
         for hit in hits:
             title = f"{shown_line(hit.title, 100)}  " if hit.title else ""
             OUT.print(
@@ -78,18 +82,21 @@ class Route:
     index: tyro.conf.Positional[Path]
     """Index directory."""
     query: tyro.conf.Positional[str]
-    """The query."""
+    """What somebody would look for."""
+    more: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Its further words, where it is not in quotes."""
     json: bool = False
     """Print as JSON."""
 
     def run(self) -> None:
         from moeret.retrieval.search import Retriever
 
-        route = Retriever.load(self.index).route([self.query])[0]
+        query = " ".join([self.query, *self.more])
+        route = Retriever.load(self.index).route([query])[0]
         if self.json:
             print_json(
                 {
-                    "query": self.query,
+                    "query": query,
                     "probabilities": route.probabilities,
                     "experts": route.experts,
                     "abstained": route.abstained,
@@ -177,6 +184,12 @@ class Report:
             print_json({"report": str(out)})
         else:
             OUT.print(f"{out}", markup=False)
+
+
+def _why_none(retriever: Any, query: str, where: dict[str, Any]) -> str:
+    """Why no document fulfils a filter."""
+    unknown = [field for field in where if not retriever.search(query, 1, where={field: {"exists": True}})]
+    return f"no document has the field {', '.join(unknown)}" if unknown else "no document fulfils the filter"
 
 
 def _whole(text: str | None) -> int | None:

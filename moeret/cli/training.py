@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -10,7 +10,7 @@ from moeret.cli.arguments import Domains, Flat
 from moeret.config import DEFAULT_BASE, TrainConfig, require
 from moeret.data.beir import parse_domains
 from moeret.data.convert import Columns, convert_dataset, convert_file
-from moeret.terminal import OUT, print_json
+from moeret.terminal import OUT, complain, print_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,8 @@ class Convert:
     """Make a domain's folder out of training rows as sentence-transformers has them: anchor, positive, negatives.
 
     Examples: moeret convert law.jsonl --out data/law,
-    moeret convert --dataset somebody/law --split train --anchor question --positive answer --out data/law
+    moeret convert --dataset somebody/law --split train --anchor question --positive answer --out data/law,
+    moeret convert rows.jsonl --corpus documents.jsonl --id doc_id --title heading --text body --out data/law
     """
 
     file: tyro.conf.Positional[Path | None] = None
@@ -45,7 +46,11 @@ class Convert:
     """With --dataset: its subset (configuration), where it has several."""
     split: str = "train"
     """With --dataset: its split."""
+    corpus: Path | None = None
+    """JSONL (also .gz) of the domain's documents: each positive is one of them, its text or id. Else rows' texts are documents."""
     columns: Annotated[tyro.conf.OmitArgPrefixes[Columns], Flat] = field(default_factory=Columns)
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a row or document that cannot be used does: stop, or be skipped and listed in skipped.jsonl."""
     out: Path
     """BEIR folder to make."""
     json: bool = False
@@ -54,15 +59,19 @@ class Convert:
     def run(self) -> None:
         require((self.file is None) != (self.dataset is None), "give either a file of rows or --dataset, and not both")
         require(self.dataset is not None or self.subset is None, "--subset goes with --dataset")
+        named = [name for name in ("id", "title", "text") if getattr(self.columns, name) != getattr(Columns(), name)]
+        require(self.corpus is not None or not named, f"--{named[0] if named else ''} goes with --corpus")
+        how = {"columns": self.columns, "corpus": self.corpus, "on_error": self.on_error}
         if self.dataset is None:
-            counts = convert_file(self.file, self.out, columns=self.columns)
+            counts = convert_file(self.file, self.out, **how)
         else:
-            how = {"subset": self.subset, "split": self.split, "columns": self.columns}
-            counts = convert_dataset(self.dataset, self.out, **how)
+            counts = convert_dataset(self.dataset, self.out, subset=self.subset, split=self.split, **how)
         if self.json:
             print_json(counts)
         else:
             OUT.print(f"{self.out}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}", markup=False)
+            if counts.get("skipped"):
+                complain(f"{counts['skipped']:,} were skipped; {self.out / 'skipped.jsonl'} says which and why")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

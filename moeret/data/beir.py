@@ -7,7 +7,7 @@ A folder holds `corpus.jsonl` ({"_id", "title", "text"} a line, and "metadata" i
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,18 +142,19 @@ def write_domain(domain: Domain) -> Path:
     """Writes the domain's BEIR folder, with its corpus and splits, and returns where it is. No id may hold a tab or a line end."""
     folder = domain.path
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    corpus = (
-        {"_id": own.id, "title": own.title, "text": own.text}
-        | ({"metadata": json.loads(own.metadata)} if own.metadata else {})
-        for own in domain.corpus
-    )
     queries = {id: text for judged in domain.splits.values() for id, text in judged.queries.items()}
-    _write_lines(folder / "corpus.jsonl", map(json.dumps, corpus))
+    _write_lines(folder / "corpus.jsonl", map(json.dumps, map(corpus_row, domain.corpus)))
     _write_lines(folder / "queries.jsonl", (json.dumps({"_id": id, "text": text}) for id, text in queries.items()))
     for split, judged in domain.splits.items():
         rows = (f"{query}\t{id}\t{score}" for query, own in judged.qrels.items() for id, score in own.items())
         _write_lines(folder / "qrels" / f"{split}.tsv", ("query-id\tcorpus-id\tscore", *rows))
     return folder
+
+
+def corpus_row(document: Document) -> dict[str, Any]:
+    """What a line of a corpus says of a document; `document_of` is the inverse."""
+    row = {"_id": document.id, "title": document.title, "text": document.text}
+    return row | ({"metadata": json.loads(document.metadata)} if document.metadata else {})
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -322,7 +323,9 @@ def row_of(line: str) -> dict[str, Any]:
 
 
 def _id(row: dict[str, Any]) -> str:
-    value = row.get("_id")
+    if "_id" not in row:
+        raise lacking("_id", row)
+    value = row["_id"]
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value:
@@ -335,8 +338,14 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         value = default
     if not isinstance(value, str):
-        raise DataError(f"{key} must be a string, got {short(value)}" if key in row else f"{key} is missing")
+        raise DataError(f"{key} must be a string, got {short(value)}") if key in row else lacking(key, row)
     return encodable(value, key)
+
+
+def lacking(key: str, row: Mapping[str, Any]) -> DataError:
+    """What to raise for a row that has others than the wanted columns."""
+    names = ", ".join(map(str, row)) or "nothing"
+    return DataError(f"there is no {key}; it has {names if len(names) <= 200 else f'{names[:197]}...'}")
 
 
 def _metadata(row: dict[str, Any]) -> str:

@@ -59,8 +59,10 @@ def model_tables(meta: dict[str, Any]) -> list[Table | str]:
     details = "; ".join(
         f"{kind} {' '.join(f'{key} {value:.3f}' for key, value in report[kind].items())}"
         for kind in ("centroids", "learned")
+    ).replace("_", " ")
+    parts.append(
+        f"router: {report['chosen']}, decided by {report['decided_by']} ({details}; a lower log loss is better)"
     )
-    parts.append(f"router: {report['chosen']}, decided by {report['decided_by']} ({details})")
     return parts
 
 
@@ -73,7 +75,7 @@ def expert_table(experts: list[dict[str, Any]]) -> Table:
     for entry in experts:
         before, after = entry["base_dev_ndcg"], entry["dev_ndcg"]
         gains = [
-            "too few" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}"
+            "too few queries" if after[group] is None else f"{100 * before[group]:.1f} → {100 * after[group]:.1f}"
             for group in after
         ]
         table.add_row(entry["name"], str(entry["documents"]), str(entry["train_queries"]), *gains)

@@ -129,10 +129,15 @@ def _finished(out: Path, request: dict[str, Any], overwrite: bool) -> Artifact |
         raise
     if finished.meta["request"] == request:
         return finished
+    before = dict(finished.meta["request"])
+    updates = before.pop("updates", 0)
+    told = [differences(before, request)] if before != request else []
+    told += [f"{updates} updates since it was built"] if updates else []
+    update = "change it with --update, " if before["model"] == request["model"] else ""  # which another model cannot
     require(
         overwrite,
-        f"{out} is an index made from other things ({differences(finished.meta['request'], request)}); "
-        "choose another directory, change it with --update, or replace it with --overwrite",
+        f"{out} is an index made from other things ({', '.join(told)}); "
+        f"choose another directory, {update}or replace it with --overwrite",
     )
     return None
 

@@ -124,6 +124,7 @@ def _add_answers(app: FastAPI, desk: Desk, config: ServeConfig) -> None:
                 schema.ExpertAnswer(name=name, documents=sizes.get(name, 0), strength=strengths.get(name))
                 for name in (BASE_EXPERT, *model.experts)
             ],
+            documents=len(await asyncio.to_thread(retriever.distinct)),
             base=model.base.name,
             shared=model.has_shared,
             width=model.base.config.width,
@@ -258,4 +259,6 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
         return ".".join(str(part) for part in parts if isinstance(part, int) or part.isidentifier())
 
     problems = [f"{place(own['loc'])}: {own['msg'].removeprefix('Value error, ')}" for own in error.errors()[:10]]
+    if "json" not in request.headers.get("content-type", "") and any(own["loc"][0] == "body" for own in error.errors()):
+        problems.append("the body must be JSON, sent with the header Content-Type: application/json")
     return JSONResponse({"detail": "; ".join(problems)}, 422)

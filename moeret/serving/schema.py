@@ -178,6 +178,7 @@ class ExpertsAnswer(BaseModel):
     """The experts, the base first."""
 
     experts: list[ExpertAnswer]
+    documents: int = Field(description="of all experts; one that lies in two indexes counts once")
     base: str = Field(description="the base encoder")
     shared: bool = Field(description="whether there is a shared delta, the route `shared`")
     width: int = Field(description="numbers in a vector")

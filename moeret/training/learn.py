@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 
 from moeret import artifact
 from moeret.config import TrainConfig
+from moeret.data.beir import Domain
 from moeret.models import experts
 from moeret.models.embed import Embedder
 from moeret.models.mesh import make_mesh, model_devices
-from moeret.progress import progress_bar
+from moeret.progress import announce, progress_bar
 from moeret.training.batches import Batches
 from moeret.training.blend import Blended, DevBlends
 from moeret.training.loop import Fitted, fit
@@ -68,7 +69,7 @@ def learn_shared(
     def look(bank: experts.Bank, _: np.ndarray) -> np.ndarray:
         return mean_over_domains(by_group(tower.values_of_one(bank), tower.seen))
 
-    fitted = fit(bank, batches, look, own, work, show_progress_bar=show_progress_bar)
+    fitted = fit(bank, batches, look, own, work, what="the shared delta", show_progress_bar=show_progress_bar)
     strength, values = choose_strength(fitted.bank, tower.values_of_one)
     before, after = (float(np.mean([own.mean() for own in scored])) for scored in (tower.base(), values))
     alone = embedder.with_bank(experts.with_base(experts.scaled(fitted.bank, np.full(1, strength)))).alone(1)
@@ -80,6 +81,22 @@ def shared_limit(config: TrainConfig, train_queries: Sequence[int]) -> int:
     """Steps of the shared delta at most: `shared_steps` for each domain, and `epochs` passes over as many queries as they have."""
     passes = math.ceil(config.epochs * sum(train_queries) / config.batch_size)
     return min(config.shared_steps * len(train_queries), passes)
+
+
+def outline(domains: Sequence[Domain], config: TrainConfig) -> str:
+    """What training on these domains is going to do, in words."""
+    documents, queries = (
+        sum(len(own.corpus) for own in domains),
+        [len(own.splits["train"].queries) for own in domains],
+    )
+    shared = config.expert.shared_rank and config.tower == "query"
+    steps = [
+        f"embed {documents:,} documents and the queries",
+        *([f"train a shared delta (at most {shared_limit(config, queries):,} steps)"] if shared else []),
+        f"train {len(domains)} experts (at most {config.steps:,} steps each)",
+        "choose how much of each counts, and the router",
+    ]
+    return f"{len(domains)} domains, {sum(queries):,} train queries: {', '.join(steps)}"
 
 
 def fit_experts(
@@ -102,7 +119,9 @@ def fit_experts(
     def look(bank: experts.Bank, active: np.ndarray) -> np.ndarray:
         return by_group(tower.values(bank, active), tower.seen)
 
-    return fit(bank, batches, look, config, work, show_progress_bar=show_progress_bar)
+    names = [own.name for own in data.sets]
+    what = names[0] if len(names) == 1 else f"{len(names)} experts"
+    return fit(bank, batches, look, config, work, what=what, show_progress_bar=show_progress_bar)
 
 
 class Learned(NamedTuple):
@@ -147,6 +166,7 @@ def learn(
         fitted = Fitted(given, np.zeros(len(data.sets), np.int32))
     every = np.ones(len(data.sets), bool)
     before = tower.base()
+    announce("Choosing how much of each delta counts, on dev", shown=show_progress_bar)
     tried = try_strengths(fitted.bank, shared, lambda bank, merged: tower.values(bank, every, merged), own_strengths)
     strengths = choose_strengths(tried, before, tower.seen)
     bank = jax.device_get(experts.scaled(fitted.bank, strengths.own))

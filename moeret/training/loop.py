@@ -93,9 +93,12 @@ def fit(
     config: TrainConfig,
     work: Path,
     *,
+    what: str,
     show_progress_bar: bool,
 ) -> Fitted:
     """Trains all experts of `bank` (without the base) until their steps are done or dev stops improving.
+
+    The progress bar says `what` is trained.
 
     Progress lives in `work`: a run that was cut off goes on from its newest checkpoint, and ends with the parameters that
     an undisturbed run has, because a step depends only on its number.
@@ -132,7 +135,7 @@ def fit(
         limits = batches.limits
         last = int(limits.max(initial=0))
         progress.active = progress.active & (limits > step)
-        with progress_bar("Training", last, shown=show_progress_bar, unit="steps", start=step) as advance:
+        with progress_bar(f"Training {what}", last, shown=show_progress_bar, unit="steps", start=step) as advance:
             while progress.active.any():
                 started, active = time.monotonic(), progress.active.copy()
                 totals = zero_totals(state.bank)

@@ -28,9 +28,10 @@ from moeret.models.portable import adapter_digests, read_adapter
 from moeret.models.pretrained import base_files, find_base, load_base
 from moeret.models.router import Router
 from moeret.processes import is_first, wait_for_all
+from moeret.progress import announce
 from moeret.training.blend import Blended, DevBlends
 from moeret.training.hours import counted
-from moeret.training.learn import Learned, LearnedShared, learn, learn_shared
+from moeret.training.learn import Learned, LearnedShared, learn, learn_shared, outline
 from moeret.training.prepare import Prepared, prepare, read_domains, source_digests
 from moeret.training.routing import DevSearch, choose_document_router, choose_query_router
 from moeret.training.strength import LABEL_FREE, OWN
@@ -92,6 +93,7 @@ def train(
             )
             return finished
         start(request)
+        announce(outline(read, config), shown=show_progress_bar)
         nothing = experts.base_alone(encoder.config, config.expert)
         embedder = Embedder(encoder, nothing, mesh=local_mesh(model_devices))
         work = _open_work(out / WORK, request)
@@ -109,6 +111,7 @@ def train(
         if config.tower == "query":
             full = embedder.with_bank(experts.with_base(trained.bank), trained.shared)
             search = DevSearch(data.dev, full, data.pool)
+        announce("Choosing the router, on dev", shown=show_progress_bar)
         query_router, report = choose_query_router(
             [profile.train_queries for profile in data.profiles],
             [profile.dev_queries for profile in data.profiles],

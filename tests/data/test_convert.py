@@ -223,3 +223,92 @@ def test_the_real_library_reads_a_folder(tmp_path, monkeypatch):
         convert_dataset(str(tmp_path / "rows"), tmp_path / "b", split="nowhere")
     with pytest.raises(moeret.DataError, match="cannot be read"):
         convert_dataset(str(tmp_path / "missing"), tmp_path / "b")
+
+
+DOCUMENTS = [
+    {
+        "doc_id": "7/a",
+        "heading": "Signing",
+        "body": "Two directors sign\n together.",
+        "metadata": {"year": 2024},
+        "extra": 1,
+    },
+    {"doc_id": 8, "heading": "", "body": "The sea is deep."},
+    {"doc_id": "c", "heading": "Again", "body": "The sea  is deep."},
+]
+NAMES = Columns(id="doc_id", title="heading", text="body")
+
+
+def joined(tmp_path, rows, documents=DOCUMENTS, **how):
+    """Rows and documents made one folder, and which ids answer which query in it."""
+    write_jsonl(tmp_path / "documents.jsonl", documents)
+    counts = convert_rows(rows, tmp_path / "law", columns=NAMES, corpus=tmp_path / "documents.jsonl", **how)
+    domain = read_domain("law", tmp_path / "law", ("train",))
+    train = domain.splits["train"]
+    return counts, domain.corpus, {train.queries[id]: {*own} for id, own in train.qrels.items()}
+
+
+def test_rows_are_joined_to_documents_by_text_and_by_id(tmp_path):
+    rows = [
+        {"anchor": "who signs", "positive": "Two directors sign together.", "negative": "nobody's"},
+        {"anchor": "who then", "positive": "Signing Two directors  sign together."},
+        {"anchor": "how deep", "positive": ["The sea is deep.", "7/a"]},
+    ]
+    counts, corpus, judged = joined(tmp_path, rows)
+    assert counts == {"queries": 3, "documents": 3, "judgments": 5}
+    assert [(own.id, own.title, own.text) for own in corpus] == [
+        (str(own["doc_id"]), own["heading"], own["body"]) for own in DOCUMENTS
+    ]
+    assert json.loads(corpus[0].metadata) == {"year": 2024}
+    assert judged == {"who signs": {"7/a"}, "who then": {"7/a"}, "how deep": {"8", "c", "7/a"}}
+
+
+def test_what_cannot_be_used_stops_or_is_skipped_and_listed(tmp_path, capsys, monkeypatch):
+    rows = [
+        {"anchor": "who signs", "positive": "8"},
+        {"anchor": "no answer", "positive": ["8", "somebody else"]},
+        {"anchor": "nothing"},
+    ]
+    bad = [{"doc_id": 8, "heading": "", "body": "twice"}, {"body": "x"}, {"doc_id": "a\tb", "heading": "", "body": "x"}]
+    with pytest.raises(moeret.DataError, match=r"row 2: 'somebody else' is neither .* of .*documents\.jsonl"):
+        joined(tmp_path, [dict(own, positive="somebody else") if own is rows[1] else own for own in rows])
+    for one, told in zip(bad, ("id '8' is already", "there is no doc_id; it has body", "a tab"), strict=True):
+        with pytest.raises(moeret.DataError, match=rf"documents\.jsonl, line 4: .*{told}"):
+            joined(tmp_path, rows, [*DOCUMENTS, one])
+    assert [own.name for own in tmp_path.iterdir()] == ["documents.jsonl"]
+    counts, corpus, judged = joined(tmp_path, rows, [*bad[1:], *DOCUMENTS, bad[0]], on_error="skip")
+    assert counts == {"queries": 1, "documents": 3, "judgments": 1, "skipped": 5}
+    assert judged == {"who signs": {"8"}} and len(corpus) == 3
+    listed = [json.loads(line) for line in (tmp_path / "law" / "skipped.jsonl").read_text().splitlines()]
+    ends = ["line 1", "line 2", "line 6", "row 2", "row 3"]
+    assert all(own["where"].endswith(end) for own, end in zip(listed, ends, strict=True)), listed
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    command = ["moeret", "convert", str(tmp_path / "rows.jsonl"), "--corpus", str(tmp_path / "documents.jsonl")]
+    command += ["--id", "doc_id", "--text", "body", "--on-error", "skip", "--out", str(tmp_path / "by-command")]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    told = capsys.readouterr()
+    assert (
+        "1 queries, 3 documents, 1 judgments, 5 skipped" in told.out.replace("\n", "") and "skipped.jsonl" in told.err
+    )
+
+
+def test_skipping_everything_is_an_error(tmp_path):
+    with pytest.raises(moeret.DataError, match="none of the rows can be used; the last, row 1: there is no anchor"):
+        convert_rows([{"positive": "x"}], tmp_path / "law", on_error="skip")
+    with pytest.raises(
+        moeret.DataError, match=r"none of the documents can be used; the last, .*line 1: there is no doc_id"
+    ):
+        joined(tmp_path, ROWS, [{"_id": "d"}], on_error="skip")
+    with pytest.raises(moeret.ConfigError, match="on_error must be stop or skip, got 'ignore'"):
+        convert_rows(ROWS, tmp_path / "law", on_error="ignore")
+    assert not (tmp_path / "law").exists()
+
+
+def test_columns_of_documents_want_documents(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["moeret", "convert", "rows.jsonl", "--id", "doc_id", "--out", str(tmp_path / "law")]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "--id goes with --corpus" in capsys.readouterr().err

@@ -295,14 +295,14 @@ def test_documents_that_cannot_be_used_are_left_out_and_listed_if_asked(tmp_path
     path = tmp_path / "loose.jsonl"
     loose_corpus(path)
     path.write_text('{"_id": 1}\n' + path.read_text() + "no json\n")
-    with pytest.raises(moeret.DataError, match=r"loose\.jsonl: line 1: text is missing; line 7: not JSON"):
+    with pytest.raises(moeret.DataError, match=r"loose\.jsonl: line 1: there is no text; it has _id; line 7: not JSON"):
         build_index(model_folder, tmp_path / "index", {}, [path])
     assert not (tmp_path / "index").exists()
     published = build_index(model_folder, tmp_path / "index", {}, [path], on_error="skip")
     assert published.meta["documents"]["count"] == 5
     listed = [json.loads(line) for line in (tmp_path / "index" / "skipped.jsonl").read_text().splitlines()]
     assert [(own["file"], own["line"]) for own in listed] == [(str(path), 1), (str(path), 7)]
-    assert listed[0]["reason"] == "text is missing"
+    assert listed[0]["reason"] == "there is no text; it has _id"
     loose_corpus(path)
     build_index(model_folder, tmp_path / "index", {}, [path], overwrite=True)
     assert not (tmp_path / "index" / "skipped.jsonl").exists()

@@ -155,6 +155,15 @@ def test_the_experts_are_told(service, retriever):
     about = service.get("/experts").json()
     assert {own["name"]: own["documents"] for own in about["experts"] if own["documents"]} == retriever.sizes
     assert (about["width"], about["tower"]) == (16, "query")
+    assert about["documents"] == sum(retriever.sizes.values()) == 24
+
+
+def test_a_document_in_two_indexes_counts_once(tmp_path, model_folder, domains):
+    corpora = [domains["fruit"] / "corpus.jsonl"]
+    moeret.build_index(model_folder, tmp_path / "index", {"fruit": domains["fruit"]}, corpora)
+    with started(moeret.Retriever.load(tmp_path / "index"), SMALL) as service:
+        about = service.get("/experts").json()
+    assert about["documents"] == 12 < sum(own["documents"] for own in about["experts"])
 
 
 @pytest.mark.parametrize(("path", "body", "told"), [
@@ -194,6 +203,13 @@ def test_what_makes_no_sense_is_refused_and_said(service, path, body, told):
 def test_bodies_that_are_no_json_are_refused(service, body):
     answer = service.post("/search", content=body, headers={"content-type": "application/json"})
     assert answer.status_code in (400, 422) and answer.json()["detail"]
+
+
+def test_json_that_is_not_said_to_be_is_told_how(service):
+    kind = {"content-type": "application/x-www-form-urlencoded"}  # as curl has it unless told
+    answer = service.post("/search", content=b'{"query": "x"}', headers=kind)
+    assert answer.status_code == 422 and "header Content-Type: application/json" in answer.json()["detail"]
+    assert "Content-Type" not in service.post("/search", json={}).json()["detail"]
 
 
 def test_many_experts_are_as_many_as_there_are(service):

@@ -120,8 +120,7 @@ async function begin() {
   const place = new URLSearchParams(location.search);
   try {
     const about = await ask("experts");
-    const documents = about.experts.reduce((sum, own) => sum + own.documents, 0);
-    at("about").textContent = `${documents.toLocaleString("en")} documents, ${about.experts.length - 1} experts on ${about.base}`;
+    at("about").textContent = `${about.documents.toLocaleString("en")} documents, ${about.experts.length - 1} experts on ${about.base}`;
     const routes = [...(about.tower === "query" ? ["base"] : []), ...(about.shared ? ["shared"] : []),
       ...about.experts.filter((own) => own.name !== "base" && own.documents).map((own) => own.name)];
     for (const name of routes) at("other").add(new Option(name, name));

@@ -1,0 +1,58 @@
+"""What a long job tells: a bar on a terminal, lines in a log, nothing unasked."""
+
+import pytest
+
+from moeret import progress
+from moeret.progress import announce, progress_bar
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a test says so."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_has_lines_with_the_time_left_and_how_it_ended(capsys, clock):
+    with progress_bar("Training", 1200, shown=True, unit="steps", start=200) as advance:
+        for _ in range(5):
+            clock[0] += 12.0
+            advance(100, "loss 0.5")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "Training: 500 of 1,200 steps, 0:01:24 left, loss 0.5",
+        "Training: 700 of 1,200 steps, 0:01:00 left, loss 0.5",
+    ]
+
+
+def test_a_job_that_fails_or_ends_early_tells_how_far_it_was(capsys, clock):
+    with pytest.raises(OSError), progress_bar("Embedding", 10, shown=True, unit="texts") as advance:
+        advance()
+        raise OSError
+    with progress_bar("Embedding", 10, shown=True, unit="texts") as advance:
+        advance(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "Embedding: 1 of 10 texts, 0:00:00 left",
+        "Embedding: 10 of 10 texts",
+    ]
+
+
+def test_a_terminal_has_one_bar(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar("Training", 3, shown=True, unit="steps") as advance:
+        for _ in range(3):
+            advance(1, "loss 0.25")
+    drawn = capsys.readouterr().err
+    assert "\x1b[" in drawn and "loss 0.25" in drawn and "3/3" in drawn
+
+
+def test_nothing_is_told_unasked_or_where_nothing_is_left(capsys):
+    announce("next", shown=False)
+    for shown, total in ((False, 5), (True, 3)):
+        with progress_bar("Training", total, shown=shown, start=3) as advance:
+            advance()
+    assert capsys.readouterr() == ("", "")
+    announce("[b]next[/b]", shown=True)
+    assert capsys.readouterr().err == "[b]next[/b]\n"
