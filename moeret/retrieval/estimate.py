@@ -26,8 +26,9 @@ from moeret.types import Document
 
 _SHARDS, _DOCUMENTS = 8, 256
 """Shards that the sample is taken from, evenly, and documents of each."""
-_FEW, _MANY = 2**12, 2**14
-"""Vectors of the two graphs that are linked: their difference says what a larger one takes."""
+_FEW, _MANY = 2**12, 2**16
+"""Vectors of the two graphs that are linked: their difference says what a larger one takes. The second outgrows the processor's
+caches, as large ones do."""
 
 
 def estimate_index(
@@ -114,8 +115,9 @@ def _link_seconds(vectors: Float[np.ndarray, "N D"], count: float, config: Index
     if size < config.exact_below:
         return 0.0
     threads = int(min(os.cpu_count() or 1, MOST_LINKED_AT_ONCE, -(-count // config.segment_documents)))
-    few, many = (_seconds_each(vectors, own, threads, config) for own in (_FEW, _MANY))
-    return max(few + (many - few) * np.log(size / _FEW) / np.log(_MANY / _FEW), few / 4) / threads
+    largest = int(min(max(size, 2 * _FEW), _MANY))
+    few, many = (_seconds_each(vectors, own, threads, config) for own in (_FEW, largest))
+    return max(few + (many - few) * np.log(size / _FEW) / np.log(largest / _FEW), few / 4) / threads
 
 
 def _seconds_each(vectors: Float[np.ndarray, "N D"], count: int, threads: int, config: IndexConfig) -> float:
