@@ -289,8 +289,10 @@ def _digest(text: str) -> bytes:
 def _document(row: Mapping[str, Any], columns: Columns) -> Document:
     """The document of a line whose columns may have other names."""
     for name in (columns.id, columns.title, columns.text):
-        if name is not None:
-            _column(row, name, ())
+        if name is not None and name not in row:
+            raise DataError(
+                f"{lacking(name, row)}; id, title and text of the columns may have other names: --id doc_id"
+            )
     title = row.get("title" if columns.title is None else columns.title)
     document = document_of(
         {"_id": row[columns.id], "title": title, "text": row[columns.text], "metadata": row.get("metadata")}

@@ -272,7 +272,9 @@ def test_what_cannot_be_used_stops_or_is_skipped_and_listed(tmp_path, capsys, mo
     bad = [{"doc_id": 8, "heading": "", "body": "twice"}, {"body": "x"}, {"doc_id": "a\tb", "heading": "", "body": "x"}]
     with pytest.raises(moeret.DataError, match=r"row 2: 'somebody else' is neither .* of .*documents\.jsonl"):
         joined(tmp_path, [dict(own, positive="somebody else") if own is rows[1] else own for own in rows])
-    for one, told in zip(bad, ("id '8' is already", "there is no doc_id; it has body", "a tab"), strict=True):
+    for one, told in zip(
+        bad, ("id '8' is already", "there is no doc_id; it has body; id, title and text", "a tab"), strict=True
+    ):
         with pytest.raises(moeret.DataError, match=rf"documents\.jsonl, line 4: .*{told}"):
             joined(tmp_path, rows, [*DOCUMENTS, one])
     assert [own.name for own in tmp_path.iterdir()] == ["documents.jsonl"]
