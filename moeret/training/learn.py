@@ -89,14 +89,16 @@ def outline(domains: Sequence[Domain], config: TrainConfig) -> str:
         sum(len(own.corpus) for own in domains),
         [len(own.splits["train"].queries) for own in domains],
     )
+    experts = f"{len(domains)} experts" if len(domains) > 1 else "the expert"
     shared = config.expert.shared_rank and config.tower == "query"
     steps = [
         f"embed {documents:,} documents and the queries",
         *([f"train a shared delta (at most {shared_limit(config, queries):,} steps)"] if shared else []),
-        f"train {len(domains)} experts (at most {config.steps:,} steps each)",
+        f"train {experts} (at most {config.steps:,} steps, {config.epochs:g} epochs)",
         "choose how much of each counts, and the router",
     ]
-    return f"{len(domains)} domains, {sum(queries):,} train queries: {', '.join(steps)}"
+    of = f"{len(domains)} domains, " if len(domains) > 1 else ""
+    return f"{of}{sum(queries):,} train queries: {', '.join(steps)}"
 
 
 def fit_experts(

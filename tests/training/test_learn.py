@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import moeret
 from moeret.config import TrainConfig
-from moeret.training.learn import shared_limit
+from moeret.training.learn import outline, shared_limit
+from moeret.training.prepare import read_domains
 
 CONFIG = TrainConfig(shared_steps=500, epochs=3.0, batch_size=32)
 
@@ -37,3 +38,15 @@ def test_a_run_ends_with_its_schedule(two_domains, base_folder, train_config, tm
     log = (tmp_path / "m/training/shared/metrics.jsonl").read_text().splitlines()
     assert [own["step"] for own in map(json.loads, log) if "loss" in own] == list(range(1, limit + 1))
     assert limit < 2000
+
+
+def test_the_outline_tells_what_is_done_and_nothing_else(two_domains):
+    domains = read_domains(two_domains)
+    text = outline(domains, TrainConfig())
+    assert (
+        text.startswith("2 domains, ")
+        and "embed 24 documents" in text
+        and "2 experts (at most 400 steps, 3 epochs)" in text
+    )
+    assert "shared delta" in text and "shared delta" not in outline(domains, TrainConfig(tower="both"))
+    assert "domains" not in outline(domains[:1], TrainConfig())
