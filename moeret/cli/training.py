@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from moeret.cli.arguments import Domains, Flat
-from moeret.config import DEFAULT_BASE, TrainConfig, require
+from moeret.config import DEFAULT_BASE, OnError, TrainConfig, require
 from moeret.data.beir import parse_domains
 from moeret.data.convert import Columns, convert_dataset, convert_file
 from moeret.terminal import OUT, complain, print_json
@@ -49,7 +49,7 @@ class Convert:
     corpus: Path | None = None
     """JSONL (also .gz) of the domain's documents: each positive is one of them, its text or id. Else rows' texts are documents."""
     columns: Annotated[tyro.conf.OmitArgPrefixes[Columns], Flat] = field(default_factory=Columns)
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: OnError = "stop"
     """What a row or document that cannot be used does: stop, or be skipped and listed in skipped.jsonl."""
     out: Path
     """BEIR folder to make."""

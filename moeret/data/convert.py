@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
-from moeret.config import require
+from moeret.config import OnError, require
 from moeret.data.beir import corpus_row, document_of, encodable, lacking, row_of, short
 from moeret.data.records import format_of, records
 from moeret.errors import ConfigError, DataError
@@ -19,8 +19,6 @@ from moeret.types import Document
 
 _ANCHORS, _POSITIVES = ("anchor", "query", "question"), ("positive", "answer")
 _SKIPPED = "skipped.jsonl"
-
-OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,9 +158,9 @@ def _convert(
     with new_folder(Path(out)) as folder:
         (folder / "qrels").mkdir()
         with (
-            (folder / "corpus.jsonl").open("w") as documents,
-            (folder / "queries.jsonl").open("w") as queries,
-            (folder / "qrels" / "train.tsv").open("w") as qrels,
+            (folder / "corpus.jsonl").open("w", encoding="utf-8") as documents,
+            (folder / "queries.jsonl").open("w", encoding="utf-8") as queries,
+            (folder / "qrels" / "train.tsv").open("w", encoding="utf-8") as qrels,
         ):
             asked = _Texts(queries, "q")
             held = _Texts(documents, "d") if corpus is None else _Corpus(Path(corpus), documents, columns, refused)
