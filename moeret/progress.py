@@ -1,5 +1,6 @@
 """What a long job tells people on standard error, and only if a caller asks: the only place that does."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,13 +65,14 @@ class _Lines:
         self._console, self._what, self._total, self._unit = console, description, total, unit
         self._start = self._done = start
         self._began = self._printed = time.monotonic()
-        self._note = ""
+        self._note, self._moving = "", threading.Lock()
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Moves on by n."""
-        self._done, self._note = self._done + n, note
-        if time.monotonic() - self._printed >= _LINE_EVERY:
-            self.print()
+        """Moves on by n, in any thread."""
+        with self._moving:
+            self._done, self._note = self._done + n, note
+            if time.monotonic() - self._printed >= _LINE_EVERY:
+                self.print()
 
     def print(self) -> None:
         """Says how far it is."""

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,9 +237,30 @@ def test(
             continue
         left = State.of(out, queries)
         completed = victim.on_ray or victim.run(out)[0] == 0
-        same = completed and State.of(out, queries) == new and clean(out)
+        after = State.of(out, queries) if completed else None
+        same = completed and after == new and clean(out)
+        if left not in (old, new):
+            print(
+                f"{victim.words[0]} killed after {ended:.3f} s: neither the old nor the new: {_difference(left, old)}"
+            )
+        if not same:
+            print(f"{victim.words[0]} killed after {ended:.3f} s: rerun gave other results: {_difference(after, new)}")
         counts.update(killed=1, old=+(left == old), new=+(left == new), completed=+completed, same=+same)
     return seconds, counts
+
+
+def _difference(given: State | None, wanted: State | None) -> str:
+    """What of one state is not as in the other."""
+    if not (given and wanted):
+        return "there is none" if wanted else "there was none before"
+    differ = [own.name for own in fields(State) if getattr(given, own.name) != getattr(wanted, own.name)]
+    scores = [
+        abs(one[2] - two[2])
+        for mine, others in zip(given.hits, wanted.hits, strict=True)
+        for one, two in zip(mine, others, strict=False)
+        if one[:2] == two[:2]
+    ]
+    return f"{', '.join(differ) or 'leftovers or problems'}; scores differ by up to {max(scores, default=0):.1e}"
 
 
 def finish(victim: Victim, out: Path, *, job: bool = False) -> float:

@@ -1,8 +1,9 @@
 """Where the work of an indexing job runs: in this process, or wherever Ray has room. Both run the same functions."""
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol, get_args
 
 from moeret.artifact import Artifact
@@ -10,10 +11,11 @@ from moeret.config import EngineName, require
 from moeret.data.sources import Shard, read_shards
 from moeret.models.model import Model
 from moeret.progress import Advance
-from moeret.retrieval.shards import ShardTask
+from moeret.retrieval.shards import ShardEncoder, ShardTask
+from moeret.types import Document
 
-MOST_LINKED_AT_ONCE = 8
-"""Segments that one machine links side by side at most: each is in memory, twice."""
+_MOST_AT_ONCE = 8
+"""Shards that one process encodes side by side at most, or segments that it links: each is in memory, segments twice."""
 
 Link = Callable[[Advance], Artifact]
 """Links one segment; called with a bar to move on by documents."""
@@ -30,23 +32,65 @@ class Engine(Protocol):
 
 
 class Local:
-    """Here: shards one by one with all cores (or devices), each written while the next is embedded; segments side by side."""
+    """Here: shards side by side, and segments."""
 
     def encode(self, task: ShardTask, shards: Sequence[Shard], model: Model, advance: Advance) -> None:
         """Publishes all of these shards."""
-        encoder = task.encoder(model)
-        with ThreadPoolExecutor(1) as writer:
-            written = writer.submit(lambda: None)
-            for shard, documents in read_shards(shards):
-                publish = task.encode(encoder, shard, documents, advance)
-                written.result()
-                written = writer.submit(publish)
-            written.result()
+        encode_documents(task, task.encoder(model), read_shards(shards), shards_at_once(model), advance)
 
     def link(self, work: Sequence[tuple[int, Link]], advance: Advance) -> list[Artifact]:
         """What each of these makes; one thread a graph, so that each is the same in every build."""
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_LINKED_AT_ONCE)) as threads:
+        with ThreadPoolExecutor(linked_at_once()) as threads:
             return list(threads.map(lambda own: own[1](advance), work))
+
+
+def linked_at_once() -> int:
+    """Segments that this process links side by side."""
+    return min(os.cpu_count() or 1, _MOST_AT_ONCE)
+
+
+def shards_at_once(model: Model) -> int:
+    """Shards that this process encodes side by side: one where several devices work on each batch together."""
+    return linked_at_once() if model.embedder.mesh.size == 1 else 1
+
+
+def encode_documents(
+    task: ShardTask,
+    encoder: ShardEncoder,
+    given: Iterator[tuple[Shard, list[Document]]],
+    at_once: int,
+    advance: Advance,
+) -> None:
+    """Publishes shards that have these documents, so many at once.
+
+    While one waits for its texts to be tokenised or its files to be written, others are embedded. What goes wrong with one, or
+    an interrupt, ends the others at their next batch.
+    """
+    reading, ended = threading.Lock(), threading.Event()
+
+    def move_on(count: int = 1) -> None:
+        if ended.is_set():
+            raise _Ended
+        advance(count)
+
+    def work() -> None:
+        while not ended.is_set():
+            with reading:
+                own = next(given, None)
+            if own is None:
+                return
+            task.encode(encoder, *own, move_on)
+
+    with ThreadPoolExecutor(at_once) as threads:
+        try:
+            for worker in as_completed([threads.submit(work) for _ in range(at_once)]):
+                worker.result()
+        finally:
+            ended.set()
+
+
+class _Ended(Exception):
+    """The shard's others failed, or were interrupted."""
 
 
 def engine_of(name: EngineName) -> Engine:

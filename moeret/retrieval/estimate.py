@@ -1,7 +1,6 @@
 """What an indexing job would cost, told from a sample that goes the whole way."""
 
 import dataclasses
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,17 @@ import numpy as np
 from jaxtyping import Float
 
 from moeret import artifact
+from moeret.artifact import Artifact
 from moeret.config import IndexConfig, OnError, require
 from moeret.data.sources import Plan, Shard, Source, read_shards, scan
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of
-from moeret.retrieval.engine import MOST_LINKED_AT_ONCE
+from moeret.retrieval.engine import encode_documents, linked_at_once, shards_at_once
 from moeret.retrieval.hnsw import build_vector_index
 from moeret.retrieval.segment import open_segment
-from moeret.retrieval.shards import ShardEncoder, segment_in
+from moeret.retrieval.shards import KIND as SHARD
+from moeret.retrieval.shards import ShardTask, segment_in
 from moeret.types import Document
 
 _SHARDS, _DOCUMENTS = 8, 256
@@ -73,24 +74,30 @@ def _sample(plan: Plan) -> list[tuple[Shard, list[Document]]]:
     return [*out.values()]
 
 
+def _in_parts(sample: list[tuple[Shard, list[Document]]], most: int) -> list[tuple[Shard, list[Document]]]:
+    """The same documents as shards of at most so many."""
+    parts = [
+        (shard, documents[start : start + most])
+        for shard, documents in sample
+        for start in range(0, len(documents), most)
+    ]
+    return [(dataclasses.replace(shard, number=number), own) for number, (shard, own) in enumerate(parts)]
+
+
 def _told(
     model: Model, plan: Plan, sample: list[tuple[Shard, list[Document]]], config: IndexConfig, scratch: Path
 ) -> dict[str, Any]:
-    encoder = ShardEncoder(model, config)
+    count, at_once = sum(len(documents) for _, documents in sample), shards_at_once(model)
+    parts = _in_parts(sample, -(-count // at_once))
 
-    def encode(part: str) -> tuple[float, list[Any]]:
+    def encode(name: str) -> tuple[float, list[Artifact]]:
+        task = ShardTask(scratch / name, model.published.root, config)
         started = time.perf_counter()
-        done = [
-            encoder.publish(
-                shard, documents, encoder.place(shard, documents, lambda count: None), scratch / part / str(number)
-            )
-            for number, (shard, documents) in enumerate(sample)
-        ]
-        return time.perf_counter() - started, done
+        encode_documents(task, task.encoder(model), iter(parts), at_once, lambda count: None)
+        return time.perf_counter() - started, [artifact.read(task.folder(shard), SHARD) for shard, _ in parts]
 
     encode("first")
     seconds, shards = encode("second")
-    count = sum(len(documents) for _, documents in sample)
     segments = [segment_in(shard, name) for shard in shards for name in shard.meta["experts"]]
     rows = sum(own.meta["documents"] for own in segments)
     stored = sum(entry.bytes for own in segments for name, entry in own.files.items() if not name.startswith("vectors"))
@@ -114,7 +121,7 @@ def _link_seconds(vectors: Float[np.ndarray, "N D"], count: float, config: Index
     size = min(count, config.segment_documents)
     if size < config.exact_below:
         return 0.0
-    threads = int(min(os.cpu_count() or 1, MOST_LINKED_AT_ONCE, -(-count // config.segment_documents)))
+    threads = int(min(linked_at_once(), -(-count // config.segment_documents)))
     largest = int(min(max(size, 2 * _FEW), _MANY))
     few, many = (_seconds_each(vectors, own, threads, config) for own in (_FEW, largest))
     return max(few + (many - few) * np.log(size / _FEW) / np.log(largest / _FEW), few / 4) / threads

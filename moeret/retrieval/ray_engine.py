@@ -42,7 +42,7 @@ class _Actor:
         for number in batch["number"].tolist():
             shard = self._shards[number]
             if done(self._task.folder(shard)) is None:  # Ray repeats more than the shard that a dead actor was at
-                self._task.encode(self._encoder, shard, read_shard(shard), _silent)()
+                self._task.encode(self._encoder, shard, read_shard(shard), _silent)
         return batch
 
 

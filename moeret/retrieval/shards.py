@@ -5,9 +5,8 @@ done is all that a job has to remember, and any process that has the model can e
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +28,6 @@ from moeret.types import BASE_EXPERT, Document
 KIND = "shard"
 
 
-Placed = dict[str, tuple[np.ndarray, Float[np.ndarray, "_ D"]]]
-"""Expert -> the rows of its documents in a shard, and their vectors."""
-
-
 class ShardEncoder:
     """Encodes shards with one model; vectors that training has kept in `kept` are taken from there."""
 
@@ -42,13 +37,9 @@ class ShardEncoder:
             name: read_memory(model.published, name) if model.tower == "query" else None for name in model.experts
         }
 
-    def publish(self, shard: Shard, documents: Sequence[Document], placed: Placed, folder: Path) -> Artifact:
-        """Publishes a shard at `folder`, of whose documents `place` has made this.
-
-        Raises:
-          DataError: a vector is not finite.
-          OSError: the disk is full, or the folder cannot be written.
-        """
+    def publish(self, shard: Shard, documents: Sequence[Document], folder: Path, advance: Advance) -> Artifact:
+        """Publishes a shard of which these are the documents at `folder`."""
+        placed = self._place(shard, documents, advance)
         shutil.rmtree(folder, ignore_errors=True)  # what a killed job left
         draft = Draft(folder, KIND)
         for name, (rows, vectors) in placed.items():
@@ -70,8 +61,10 @@ class ShardEncoder:
         )
         return write_segment(folder, content, self._config, linked=False)
 
-    def place(self, shard: Shard, documents: Sequence[Document], advance: Advance) -> Placed:
-        """Embeds a shard's documents and gives each to its experts.
+    def _place(
+        self, shard: Shard, documents: Sequence[Document], advance: Advance
+    ) -> dict[str, tuple[np.ndarray, Float[np.ndarray, "_ D"]]]:
+        """Embeds a shard's documents: for each expert the rows of those that it gets, and their vectors.
 
         Documents without a domain that are familiar go to the expert that the router gives them to. With one document space
         the base's own index has them all: a query of their domain finds them in one place, and those among them that an
@@ -134,13 +127,16 @@ class ShardTask:
         """Where a shard is published."""
         return self.root / f"{shard.number:06d}"
 
-    def encode(
-        self, encoder: ShardEncoder, shard: Shard, documents: list[Document], advance: Advance
-    ) -> Callable[[], Artifact]:
-        """Embeds a shard of which these are the documents; what comes back publishes it, in any thread."""
+    def encode(self, encoder: ShardEncoder, shard: Shard, documents: list[Document], advance: Advance) -> Artifact:
+        """Encodes and publishes a shard of which these are the documents.
+
+        Raises:
+          DataError: a vector is not finite.
+          OSError: the disk is full, or the folder cannot be written.
+        """
         wanted = documents if self.places is None else [documents[place] for place in self.places[shard.number]]
         advance(len(documents) - len(wanted))
-        return partial(encoder.publish, shard, wanted, encoder.place(shard, wanted, advance), self.folder(shard))
+        return encoder.publish(shard, wanted, self.folder(shard), advance)
 
 
 def done(folder: Path) -> Artifact | None:
