@@ -1,6 +1,6 @@
 """Kill -9 at random moments: commands must complete when run again, with the result of an undisturbed run.
 
-Command:  python -m scripts.check_kills [--kills 10] [--commands train index update compact ray]
+Command:  python -m scripts.check_kills [--kills 10] [--commands train index update compact ray] [--at-once 2]
 Time:     about 30 minutes on 2 cores, most of it train.
 Expected: after each kill an index holds and finds what it did before or what it is to, and nothing between; every rerun
           completes, and then documents, hits with their scores and fingerprint are those of the undisturbed run, ids are
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,8 @@ class Arguments:
     """Kills of each command."""
     commands: tuple[Name, ...] = ("train", "index", "update", "compact")
     """Which commands are killed."""
+    at_once: int = 1
+    """Commands that are tested side by side."""
     seed: int = 0
     """Chooses the moments."""
 
@@ -146,16 +149,24 @@ class State:
 def main() -> None:
     """Kills every command and writes the section."""
     arguments = tyro.cli(Arguments)
-    moments, rows, ends = random.Random(arguments.seed), [], []
+    rows, ends = [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         victims, queries = prepare(folder)
-        for name in arguments.commands:
-            seconds, counts = test(victims[name], folder, arguments.kills, moments, queries)
+
+        def tested(name: Name) -> tuple[float, Counter[str]]:
+            moments = random.Random(f"{name} {arguments.seed}")
+            seconds, counts = test(victims[name], folder / f"{name} killed", arguments.kills, moments, queries)
             print(name, dict(counts), flush=True)
-            rows.append([name, f"{seconds:.0f} s", *(str(counts[key]) for key in COLUMNS)])
-            whole = [counts["completed"], counts["same"], counts["old"] + counts["new"]]
-            ends.append(whole == [arguments.kills] * 3)
+            return seconds, counts
+
+        with ThreadPoolExecutor(arguments.at_once) as threads:
+            for name, (seconds, counts) in zip(
+                arguments.commands, threads.map(tested, arguments.commands), strict=True
+            ):
+                rows.append([name, f"{seconds:.0f} s", *(str(counts[key]) for key in COLUMNS)])
+                whole = [counts["completed"], counts["same"], counts["old"] + counts["new"]]
+                ends.append(whole == [arguments.kills] * 3)
     body = [
         f"Half of the moments are uniform over a command's time but for the first {START_UP:.0%}, in which it imports; the others "
         "over the time after its job has begun (of train all are of the first kind). *Old* is what there was before: nothing, "
