@@ -9,7 +9,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moeret"
 ORDER = ["words", "data", "models", "training retrieval", "evaluation serving integrations", "quickstart", "cli"]
-WORDS = {"errors", "types", "config", "artifact", "hub", "lock", "metrics", "processes", "progress", "terminal"}
+WORDS = {
+    "errors",
+    "types",
+    "config",
+    "artifact",
+    "hub",
+    "lock",
+    "metrics",
+    "processes",
+    "progress",
+    "terminal",
+    "threads",
+}
 ONE_IMPORTER = {
     "bm25s": "data/lexical.py",
     "datasets": "data/convert.py",

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ from moeret.models.mesh import local_mesh, replicate, row_devices, shard_base, s
 from moeret.models.pretrained import Base
 from moeret.models.router import Choice, Reads, Router
 from moeret.progress import Advance
+from moeret.threads import side_by_side
 
 _CHUNK = 2048
 """Texts tokenised at a time."""
@@ -286,12 +288,15 @@ class Embedder:
 
     def _trunk_of(self, ids: Sequence[Int[np.ndarray, "L"]]) -> list[Float[np.ndarray, "L D"]]:
         out: list[np.ndarray] = [np.empty(0)] * len(ids)
-        for pack in packs(np.array([len(own) for own in ids]), _tokens_per_batch()):
-            order, tokens, texts, positions = pack.arrays(ids)
+
+        def run(order: np.ndarray, tokens: np.ndarray, texts: np.ndarray, positions: np.ndarray) -> None:
             arrays = replicate(self.mesh, (tokens, texts, positions))
             states = np.asarray(_packed_trunk(self.base_encoder.config, self.trunk_layers, self._params, *arrays))
             for number, row in enumerate(order):
                 out[row] = states[texts == number]
+
+        every = packs(np.array([len(own) for own in ids]), _tokens_per_batch())
+        self._all([partial(run, *pack.arrays(ids)) for pack in every])
         return out
 
     def _branches(
@@ -305,15 +310,24 @@ class Embedder:
         A text of one expert needs no more products than the base's do if it is read with others of that expert; the rest are
         mixed in one program.
         """
-        out = np.empty((len(states), self.width), np.float32)
+        runs: list[tuple[np.ndarray, Callable[[], np.ndarray]]] = []
         for expert, rows in only_experts(experts, weights).items():
             if expert == MIXED:
                 for group in few_experts(experts[rows], weights[rows]):
                     some = rows[group]
-                    out[some] = self._run_mixed([states[row] for row in some], experts[some], weights[some])
+                    own = [states[row] for row in some]
+                    runs.append((some, partial(self._run_mixed, own, experts[some], weights[some])))
             else:
-                out[rows] = (self._folded(expert) if expert else self)._run_packed([states[row] for row in rows])
+                alone = self._folded(expert) if expert else self
+                runs.append((rows, partial(alone._run_packed, [states[row] for row in rows])))
+        out = np.empty((len(states), self.width), np.float32)
+        for (rows, _), vectors in zip(runs, self._all([run for _, run in runs]), strict=True):
+            out[rows] = vectors
         return out
+
+    def _all(self, runs: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarray]:
+        """What each gives; one after another where several devices work on each together."""
+        return [run() for run in runs] if self.mesh.size > 1 else side_by_side(runs)
 
     def _run_packed(self, states: Sequence[Float[np.ndarray, "L D"]]) -> Float[np.ndarray, "B D"]:
         """Base embeddings."""

@@ -1,6 +1,5 @@
 """Where the work of an indexing job runs: in this process, or wherever Ray has room. Both run the same functions."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,10 +11,8 @@ from moeret.data.sources import Shard, read_shards
 from moeret.models.model import Model
 from moeret.progress import Advance
 from moeret.retrieval.shards import ShardEncoder, ShardTask
+from moeret.threads import at_once
 from moeret.types import Document
-
-_MOST_AT_ONCE = 8
-"""Shards that one process encodes side by side at most, or segments that it links: each is in memory, segments twice."""
 
 Link = Callable[[Advance], Artifact]
 """Links one segment; called with a bar to move on by documents."""
@@ -40,28 +37,23 @@ class Local:
 
     def link(self, work: Sequence[tuple[int, Link]], advance: Advance) -> list[Artifact]:
         """What each of these makes; one thread a graph, so that each is the same in every build."""
-        with ThreadPoolExecutor(linked_at_once()) as threads:
+        with ThreadPoolExecutor(at_once()) as threads:
             return list(threads.map(lambda own: own[1](advance), work))
-
-
-def linked_at_once() -> int:
-    """Segments that this process links side by side."""
-    return min(os.cpu_count() or 1, _MOST_AT_ONCE)
 
 
 def shards_at_once(model: Model) -> int:
     """Shards that this process encodes side by side: one where several devices work on each batch together."""
-    return linked_at_once() if model.embedder.mesh.size == 1 else 1
+    return at_once() if model.embedder.mesh.size == 1 else 1
 
 
 def encode_documents(
     task: ShardTask,
     encoder: ShardEncoder,
     given: Iterator[tuple[Shard, list[Document]]],
-    at_once: int,
+    together: int,
     advance: Advance,
 ) -> None:
-    """Publishes shards that have these documents, so many at once.
+    """Publishes shards that have these documents, so many together.
 
     While one waits for its texts to be tokenised or its files to be written, others are embedded. What goes wrong with one, or
     an interrupt, ends the others at their next batch.
@@ -81,9 +73,9 @@ def encode_documents(
                 return
             task.encode(encoder, *own, move_on)
 
-    with ThreadPoolExecutor(at_once) as threads:
+    with ThreadPoolExecutor(together) as threads:
         try:
-            for worker in as_completed([threads.submit(work) for _ in range(at_once)]):
+            for worker in as_completed([threads.submit(work) for _ in range(together)]):
                 worker.result()
         finally:
             ended.set()

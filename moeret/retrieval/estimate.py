@@ -18,11 +18,12 @@ from moeret.data.sources import Plan, Shard, Source, read_shards, scan
 from moeret.models.model import KIND as MODEL_KIND
 from moeret.models.model import Model
 from moeret.retrieval.build import sources_of
-from moeret.retrieval.engine import encode_documents, linked_at_once, shards_at_once
+from moeret.retrieval.engine import encode_documents, shards_at_once
 from moeret.retrieval.hnsw import build_vector_index
 from moeret.retrieval.segment import open_segment
 from moeret.retrieval.shards import KIND as SHARD
 from moeret.retrieval.shards import ShardTask, segment_in
+from moeret.threads import at_once
 from moeret.types import Document
 
 _SHARDS, _DOCUMENTS = 8, 256
@@ -87,13 +88,13 @@ def _in_parts(sample: list[tuple[Shard, list[Document]]], most: int) -> list[tup
 def _told(
     model: Model, plan: Plan, sample: list[tuple[Shard, list[Document]]], config: IndexConfig, scratch: Path
 ) -> dict[str, Any]:
-    count, at_once = sum(len(documents) for _, documents in sample), shards_at_once(model)
-    parts = _in_parts(sample, -(-count // at_once))
+    count, together = sum(len(documents) for _, documents in sample), shards_at_once(model)
+    parts = _in_parts(sample, -(-count // together))
 
     def encode(name: str) -> tuple[float, list[Artifact]]:
         task = ShardTask(scratch / name, model.published.root, config)
         started = time.perf_counter()
-        encode_documents(task, task.encoder(model), iter(parts), at_once, lambda count: None)
+        encode_documents(task, task.encoder(model), iter(parts), together, lambda count: None)
         return time.perf_counter() - started, [artifact.read(task.folder(shard), SHARD) for shard, _ in parts]
 
     encode("first")
@@ -121,7 +122,7 @@ def _link_seconds(vectors: Float[np.ndarray, "N D"], count: float, config: Index
     size = min(count, config.segment_documents)
     if size < config.exact_below:
         return 0.0
-    threads = int(min(linked_at_once(), -(-count // config.segment_documents)))
+    threads = int(min(at_once(), -(-count // config.segment_documents)))
     largest = int(min(max(size, 2 * _FEW), _MANY))
     few, many = (_seconds_each(vectors, own, threads, config) for own in (_FEW, largest))
     return max(few + (many - few) * np.log(size / _FEW) / np.log(largest / _FEW), few / 4) / threads
