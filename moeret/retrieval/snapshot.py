@@ -7,7 +7,7 @@ sketches and the words of all, so that neither routing nor one expert's index ha
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,10 +25,10 @@ from moeret.retrieval.hnsw import build_vector_index, read_vector_index, write_v
 from moeret.retrieval.holder import Holder, LocalHolder
 from moeret.retrieval.segment import KIND as SEGMENT
 from moeret.retrieval.segment import LiveSegment, open_segment
+from moeret.threads import side_by_side
 from moeret.types import BASE_EXPERT, Document
 
 KIND = "index"
-T = TypeVar("T")
 
 Held = Mapping[str, Sequence[LiveSegment]]
 """Expert -> the segments of its index."""
@@ -174,15 +174,11 @@ def open_holder(
     return LocalHolder(read_segments(published, expert, known), words, memory)
 
 
-def _one_by_one(calls: Sequence[Callable[[], T]]) -> list[T]:
-    return [call() for call in calls]
-
-
 class Snapshot:
     """An index as it was published once. Nothing of it changes, so any number of threads may read it.
 
     Rows are numbered through, expert by expert. `sizes` are the documents of each expert's index; `sketches` what stands for them;
-    `ask` makes calls to several holders, side by side where that pays.
+    `ask` makes calls to several holders, side by side.
     """
 
     def __init__(
@@ -190,7 +186,7 @@ class Snapshot:
         published: Artifact,
         experts: Sequence[str],
         holders: Mapping[str, Holder],
-        ask: Callable[[Sequence[Callable[[], Any]]], list[Any]] = _one_by_one,
+        ask: Callable[[Sequence[Callable[[], Any]]], list[Any]] = side_by_side,
     ):
         """The snapshot of a model's experts, of which the sketches' file is verified, with a holder for each index."""
         self.published, self.holders, self.ask = published, holders, ask
