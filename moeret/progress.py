@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 Advance = Callable[..., None]
-"""advance(n=1, note="") moves a bar on by n and shows the note behind it."""
+"""advance(n=1, note=None) moves a bar on by n and shows the note, or still the one before, behind it."""
 
 _LINE_EVERY = 30.0
 """Seconds between a bar's lines where there is no terminal to draw it on, as in a log."""
@@ -24,10 +25,10 @@ def announce(text: str, *, shown: bool) -> None:
 
 @contextmanager
 def progress_bar(description: str, total: int, *, shown: bool, unit: str = "", start: int = 0) -> Iterator[Advance]:
-    """Draws a bar with count and time left while the block runs, or prints a line now and then where there is no terminal."""
+    """Draws a bar with count, rate and time left while the block runs, or prints a line now and then without a terminal."""
     console = Console(stderr=True)
     if not shown or total <= start:
-        yield lambda n=1, note="": None
+        yield lambda n=1, note=None: None
     elif console.is_terminal:
         with _bar(console, description, total, unit, start) as advance:
             yield advance
@@ -45,7 +46,9 @@ def _bar(console: Console, description: str, total: int, unit: str, start: int) 
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TextColumn(f"{unit}, left"),
+        TextColumn(f"{unit},"),
+        _Rate(),
+        TextColumn("left"),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
     )
@@ -58,6 +61,17 @@ def _bar(console: Console, description: str, total: int, unit: str, start: int) 
         yield advance
 
 
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """How much is done in a second."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{_short(speed)}/s," if speed else "")
+
+
+def _short(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 class _Lines:
     """How far a job is, line by line."""
 
@@ -67,19 +81,21 @@ class _Lines:
         self._began = self._printed = time.monotonic()
         self._note, self._moving = "", threading.Lock()
 
-    def advance(self, n: int = 1, note: str = "") -> None:
+    def advance(self, n: int = 1, note: str | None = None) -> None:
         """Moves on by n, in any thread."""
         with self._moving:
-            self._done, self._note = self._done + n, note
+            self._done, self._note = self._done + n, self._note if note is None else note
             if time.monotonic() - self._printed >= _LINE_EVERY:
                 self.print()
 
     def print(self) -> None:
         """Says how far it is."""
         self._printed = now = time.monotonic()
-        left = (self._total - self._done) * (now - self._began) / max(1, self._done - self._start)
+        rate = (self._done - self._start) / max(now - self._began, 1e-9)
         parts = [f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"]
-        parts += [f"{timedelta(seconds=round(left))} left"] if self._start < self._done < self._total else []
+        if rate:
+            left = timedelta(seconds=round((self._total - self._done) / rate))
+            parts += [f"{_short(rate)}/s", *([f"{left} left"] if self._done < self._total else [])]
         _print(self._console, ", ".join([*parts, self._note] if self._note else parts))
 
 

@@ -21,20 +21,23 @@ def test_a_log_has_lines_with_the_time_left_and_how_it_ended(capsys, clock):
             advance(100, "loss 0.5")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "Training: 500 of 1,200 steps, 0:01:24 left, loss 0.5",
-        "Training: 700 of 1,200 steps, 0:01:00 left, loss 0.5",
+        "Training: 500 of 1,200 steps, 8.3/s, 0:01:24 left, loss 0.5",
+        "Training: 700 of 1,200 steps, 8.3/s, 0:01:00 left, loss 0.5",
     ]
 
 
 def test_a_job_that_fails_or_ends_early_tells_how_far_it_was(capsys, clock):
     with pytest.raises(OSError), progress_bar("Embedding", 10, shown=True, unit="texts") as advance:
-        advance()
+        clock[0] += 2.0
+        advance(1, "law 1")
         raise OSError
-    with progress_bar("Embedding", 10, shown=True, unit="texts") as advance:
-        advance(10)
+    with progress_bar("Embedding", 5000, shown=True, unit="texts") as advance:
+        clock[0] += 2.0
+        advance(5000, "law 5,000")
+        advance(0)  # the note stays
     assert capsys.readouterr().err.splitlines() == [
-        "Embedding: 1 of 10 texts, 0:00:00 left",
-        "Embedding: 10 of 10 texts",
+        "Embedding: 1 of 10 texts, 0.5/s, 0:00:18 left, law 1",
+        "Embedding: 5,000 of 5,000 texts, 2,500/s, law 5,000",
     ]
 
 

@@ -184,7 +184,7 @@ class Embedder:
     def base(
         self, texts: Sequence[str], *, normalize: bool = True, advance: Advance | None = None
     ) -> Float[np.ndarray, "N D"]:
-        """Base embeddings; `advance` is called with the number of texts done."""
+        """Base embeddings; `advance` is called with the number of texts done, and which share of the tokens was padding."""
         return self.base_of(self.hidden(texts), len(texts), normalize=normalize, advance=advance)
 
     def hidden(self, texts: Sequence[str]) -> Iterator[Hidden]:
@@ -204,10 +204,12 @@ class Embedder:
     ) -> Float[np.ndarray, "N D"]:
         """Base embeddings of `count` texts from what the trunk made of them."""
         out = np.empty((count, self.width), np.float32)
+        tokens = padded = 0
         for rows, x, _, lengths in hidden:
             out[rows] = self._run_base(x, lengths)[: len(rows)]
+            tokens, padded = tokens + int(np.asarray(lengths).sum()), padded + x.shape[0] * x.shape[1]
             if advance:
-                advance(len(rows))
+                advance(len(rows), f"{1 - tokens / padded:.0%} padding")
         return _unit_rows(out) if normalize else out
 
     def mixed(

@@ -1,7 +1,8 @@
 """Where the work of an indexing job runs: in this process, or wherever Ray has room. Both run the same functions."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol, get_args
 
@@ -13,6 +14,9 @@ from moeret.progress import Advance
 from moeret.retrieval.shards import ShardEncoder, ShardTask
 from moeret.threads import at_once
 from moeret.types import Document
+
+_NAMED = 3
+"""Experts whose documents a bar counts."""
 
 Link = Callable[[Advance], Artifact]
 """Links one segment; called with a bar to move on by documents."""
@@ -58,12 +62,12 @@ def encode_documents(
     While one waits for its texts to be tokenised or its files to be written, others are embedded. What goes wrong with one, or
     an interrupt, ends the others at their next batch.
     """
-    reading, ended = threading.Lock(), threading.Event()
+    reading, ended, told = threading.Lock(), threading.Event(), Told()
 
-    def move_on(count: int = 1) -> None:
+    def move_on(count: int = 1, padding: str | None = None) -> None:
         if ended.is_set():
             raise _Ended
-        advance(count)
+        advance(count, told.note(padding))
 
     def work() -> None:
         while not ended.is_set():
@@ -71,7 +75,8 @@ def encode_documents(
                 own = next(given, None)
             if own is None:
                 return
-            task.encode(encoder, *own, move_on)
+            published = task.encode(encoder, *own, move_on)
+            advance(0, told.note(held=published.meta["experts"]))
 
     with ThreadPoolExecutor(together) as threads:
         try:
@@ -79,6 +84,23 @@ def encode_documents(
                 worker.result()
         finally:
             ended.set()
+
+
+class Told:
+    """What a bar tells of encoding beside how far it is: the padding, and the experts that got most documents."""
+
+    def __init__(self) -> None:
+        self._padding, self._counts, self._telling = "", Counter[str](), threading.Lock()
+
+    def note(self, padding: str | None = None, held: Mapping[str, int] | None = None) -> str:
+        """All of it, with another padding or with documents that experts got besides."""
+        with self._telling:
+            self._padding = padding or self._padding
+            self._counts.update(held or {})
+            named = [f"{name} {count:,}" for name, count in self._counts.most_common(_NAMED)]
+            rest = len(self._counts) - len(named)
+            parts = [self._padding, *named, f"{rest} more experts" if rest else ""]
+        return ", ".join(part for part in parts if part)
 
 
 class _Ended(Exception):

@@ -94,7 +94,7 @@ def _told(
     def encode(name: str) -> tuple[float, list[Artifact]]:
         task = ShardTask(scratch / name, model.published.root, config)
         started = time.perf_counter()
-        encode_documents(task, task.encoder(model), iter(parts), together, lambda count: None)
+        encode_documents(task, task.encoder(model), iter(parts), together, lambda count, note: None)
         return time.perf_counter() - started, [artifact.read(task.folder(shard), SHARD) for shard, _ in parts]
 
     encode("first")

@@ -5,6 +5,7 @@ index, the model and the corpora under the same paths. What is done is on disk: 
 gives to another, and a driver that dies what was running.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from moeret.data.sources import Shard, read_shard
 from moeret.errors import ConfigError
 from moeret.models.model import Model
 from moeret.progress import Advance
-from moeret.retrieval.engine import Link
+from moeret.retrieval.engine import Link, Told
 from moeret.retrieval.shards import ShardTask, done
 
 _ONE_CORE = {"env_vars": {"NPROC": "1"}}
@@ -39,11 +40,13 @@ class _Actor:
         self._task, self._shards, self._encoder = task, shards, task.encoder()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        held = []
         for number in batch["number"].tolist():
             shard = self._shards[number]
-            if done(self._task.folder(shard)) is None:  # Ray repeats more than the shard that a dead actor was at
-                self._task.encode(self._encoder, shard, read_shard(shard), _silent)
-        return batch
+            published = done(self._task.folder(shard))  # Ray repeats more than the shard that a dead actor was at
+            published = published or self._task.encode(self._encoder, shard, read_shard(shard), _silent)
+            held.append(json.dumps(published.meta["experts"]))
+        return {**batch, "held": np.array(held)}
 
 
 class OnRay:
@@ -78,9 +81,10 @@ class OnRay:
             )
             .iter_batches(batch_size=1, prefetch_batches=0)
         )
+        told = Told()
         for batch in finished:
-            for number in batch["number"].tolist():
-                advance(own[number].documents)
+            for number, held in zip(batch["number"].tolist(), batch["held"].tolist(), strict=True):
+                advance(own[number].documents, told.note(held=json.loads(held)))
 
     def link(self, work: Sequence[tuple[int, Link]], advance: Advance) -> list[Artifact]:
         """What each of these makes, one core each, wherever there is one."""
@@ -100,5 +104,5 @@ def _linked(link: Link) -> Artifact:
     return link(_silent)
 
 
-def _silent(n: int = 1, note: str = "") -> None:
+def _silent(n: int = 1, note: str | None = None) -> None:
     """Nobody sees a worker's bars."""

@@ -88,7 +88,7 @@ class ShardEncoder:
             if len(rows):
                 as_base = model.tower == "query" or name == BASE_EXPERT
                 own = [documents[row] for row in rows]
-                placed[name] = rows, base[rows] if as_base else self._vectors(own, name, lambda count: None)
+                placed[name] = rows, base[rows] if as_base else self._vectors(own, name, lambda count, padding: None)
         return placed
 
     def _vectors(self, documents: Sequence[Document], expert: str, advance: Advance) -> Float[np.ndarray, "N D"]:

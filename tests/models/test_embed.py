@@ -1,5 +1,6 @@
 """Embedding many texts: order, batching and routes change nothing."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -209,8 +210,14 @@ def test_another_bank_on_the_same_base(embedder):
 
 
 def test_progress_counts_every_text_once(embedder, routes):
-    done = []
-    embedder.base(TEXTS, advance=done.append)
+    done, notes = [], []
+
+    def advance(n, note=None):
+        done.append(n)
+        notes.append(note)
+
+    embedder.base(TEXTS, advance=advance)
     assert sum(done) == len(TEXTS)
-    embedder.mixed(TEXTS, *routes, advance=done.append)
+    assert re.fullmatch(r"\d+% padding", notes[-1])
+    embedder.mixed(TEXTS, *routes, advance=advance)
     assert sum(done) == 2 * len(TEXTS)

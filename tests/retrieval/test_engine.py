@@ -1,6 +1,7 @@
 """Shards are encoded side by side, and end together when one of them cannot be."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,9 +28,10 @@ class Encoder:
 
     def publish(self, shard, documents, folder, advance):
         self.embed(shard.number, advance)
+        return SimpleNamespace(meta={"experts": {f"expert{shard.number % 5}": 1000}})
 
 
-def run(tmp_path, embed, *, shards, at_once, advance=lambda count: None):
+def run(tmp_path, embed, *, shards, at_once, advance=lambda count, note: None):
     task = ShardTask(tmp_path, tmp_path, IndexConfig())
     encode_documents(task, Encoder(embed), iter(given(tmp_path, shards)), at_once, advance)
 
@@ -43,9 +45,22 @@ def test_every_shard_is_encoded_once_and_as_many_at_once_as_asked_for(tmp_path):
         advance(1)
 
     advanced = []
-    run(tmp_path, embed, shards=9, at_once=3, advance=advanced.append)
+    run(tmp_path, embed, shards=9, at_once=3, advance=lambda count, note: advanced.append((count, note)))
     assert sorted(seen) == [*range(9)]
-    assert sum(advanced) == 9
+    assert sum(count for count, _ in advanced) == 9
+
+
+def test_a_bar_tells_the_padding_and_the_experts_that_got_most(tmp_path):
+    notes = []
+    run(
+        tmp_path,
+        lambda number, advance: advance(1, f"{number}% padding"),
+        shards=7,
+        at_once=1,
+        advance=lambda count, note: notes.append(note),
+    )
+    assert [*dict.fromkeys(notes)][:4] == ["", "0% padding", "0% padding, expert0 1,000", "1% padding, expert0 1,000"]
+    assert notes[-1] == "6% padding, expert0 2,000, expert1 2,000, expert2 1,000, 2 more experts"
 
 
 def test_an_error_in_one_shard_ends_the_others_at_their_next_batch(tmp_path):
@@ -87,5 +102,7 @@ def test_a_shard_that_cannot_be_read_ends_the_job_with_its_error(tmp_path):
     encoded = []
     task = ShardTask(tmp_path, tmp_path, IndexConfig())
     with pytest.raises(ValueError, match="line 7"):
-        encode_documents(task, Encoder(lambda number, advance: encoded.append(number)), broken(), 2, lambda count: None)
+        encode_documents(
+            task, Encoder(lambda number, advance: encoded.append(number)), broken(), 2, lambda count, note: None
+        )
     assert encoded == [0]
