@@ -15,7 +15,7 @@ TOKENS_PER_BATCH = 512
 
 _FEW = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MANY = (8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-MANY_TOKENS = 2**17
+MANY_TOKENS = 2**16
 """What pays for compiling twice as many shapes, which halve the padding; they are compiled once on a machine."""
 
 

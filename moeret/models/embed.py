@@ -193,7 +193,7 @@ class Embedder:
         for start in range(0, len(texts), _CHUNK):
             ids = encoder.tokenizer(texts[start : start + _CHUNK])
             counts = np.array([len(own) for own in ids])
-            edges = standard_edges(encoder.tokenizer.max_length, int(counts.sum()))
+            edges = standard_edges(encoder.tokenizer.max_length, int(counts.mean() * len(texts)))
             for batch in length_batches(counts, edges, _tokens_per_batch(), row_devices(self.mesh)):
                 padded, lengths = shard_rows(self.mesh, pad(ids, batch))
                 x, moments = _trunk(encoder.config, self.trunk_layers, self._params, padded, lengths)

@@ -10,6 +10,7 @@ import pytest
 from conftest import write_base
 
 from moeret.config import ExpertConfig
+from moeret.data.buckets import standard_edges
 from moeret.models import embed, experts
 from moeret.models.embed import Embedder
 from moeret.models.familiarity import Familiarity
@@ -221,3 +222,16 @@ def test_progress_counts_every_text_once(embedder, routes):
     assert re.fullmatch(r"\d+% padding", notes[-1])
     embedder.mixed(TEXTS, *routes, advance=advance)
     assert sum(done) == 2 * len(TEXTS)
+
+
+def test_shapes_are_chosen_for_all_texts_of_a_call(embedder, monkeypatch):
+    told = []
+
+    def edges(most, tokens):
+        told.append(tokens)
+        return standard_edges(most, tokens)
+
+    monkeypatch.setattr(embed, "standard_edges", edges)
+    monkeypatch.setattr(embed, "_CHUNK", 4)
+    embedder.base(["a red apple"] * 12)
+    assert told == 3 * [12 * len(embedder.base_encoder.tokenizer(["a red apple"])[0])]
