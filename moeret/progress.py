@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 Advance = Callable[..., None]
@@ -50,7 +51,7 @@ def _bar(console: Console, description: str, total: int, unit: str, start: int) 
         _Rate(),
         TextColumn("left"),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
+        _Note(table_column=Column(no_wrap=False)),  # the column that gives way on a narrow terminal
     )
     with Progress(*columns, console=console, refresh_per_second=4) as bars:
         task = bars.add_task(description, total=total, completed=start, note="")
@@ -66,6 +67,12 @@ class _Rate(ProgressColumn):
         """How much is done in a second."""
         speed = task.finished_speed or task.speed
         return Text(f"{_short(speed)}/s," if speed else "")
+
+
+class _Note(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """What was said last, cut where the line ends."""
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 def _short(rate: float) -> str:

@@ -51,6 +51,19 @@ def test_a_terminal_has_one_bar(capsys, monkeypatch):
     assert "\x1b[" in drawn and "loss 0.25" in drawn and "3/3" in drawn
 
 
+def test_on_a_narrow_terminal_the_note_gives_way(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "70")
+    with progress_bar("Embedding", 3, shown=True, unit="documents") as advance:
+        for _ in range(3):
+            advance(1, "16% padding, " + ", ".join(f"expert-of-domain-{number} 4,096" for number in range(3)))
+    drawn = capsys.readouterr().err
+    assert (
+        "3/3" in drawn and "documents," in drawn and "16% padding" in drawn and "…" in drawn and "domain-2" not in drawn
+    )
+
+
 def test_nothing_is_told_unasked_or_where_nothing_is_left(capsys):
     announce("next", shown=False)
     for shown, total in ((False, 5), (True, 3)):
