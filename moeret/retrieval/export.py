@@ -43,7 +43,7 @@ def export_index(index: str | Path, out: str | Path, to: Format = "parquet") -> 
     entries, width = [], 0
     with new_folder(out) as folder:
         for name, segments in held.items():
-            width = segments[0].segment.vectors.vectors.shape[1]
+            width = segments[0].segment.published.meta["vectors"]["width"]
             write = _write_parquet if to == "parquet" else _write_hnswlib
             documents = published.meta["experts"][name]["documents"]
             files = write(folder, name, segments, IndexConfig(**published.meta["config"]))
@@ -70,7 +70,7 @@ def _write_parquet(out: Path, name: str, segments: list[LiveSegment], config: In
 def _rows(name: str, segments: list[LiveSegment]) -> Iterator[dict[str, list[Any] | np.ndarray]]:
     """Columns of some documents at a time."""
     for own in segments:
-        rows = np.flatnonzero(own.live)
+        rows, vectors = np.flatnonzero(own.live), own.segment.read_vectors()
         for start in range(0, len(rows), _AT_ONCE):
             part = rows[start : start + _AT_ONCE]
             documents = [*own.segment.store.fetch(part).values()]
@@ -80,12 +80,12 @@ def _rows(name: str, segments: list[LiveSegment]) -> Iterator[dict[str, list[Any
                 "title": [document.title for document in documents],
                 "text": [document.text for document in documents],
                 "metadata": [document.metadata or "{}" for document in documents],
-                "vector": own.segment.vectors.vectors_of(part),
+                "vector": vectors.vectors_of(part),
             }
 
 
 def _write_hnswlib(out: Path, name: str, segments: list[LiveSegment], config: IndexConfig) -> dict[str, str]:
-    vectors = np.concatenate([own.segment.vectors.vectors_of(np.flatnonzero(own.live)) for own in segments])
+    vectors = np.concatenate([own.segment.read_vectors().vectors_of(np.flatnonzero(own.live)) for own in segments])
     index = build_vector_index(vectors, IndexConfig(M=config.M, ef_construction=config.ef_construction, exact_below=0))
     save_graph(index, out / f"{name}.hnsw")
     about = [

@@ -91,6 +91,10 @@ class Segment:
         """
         return read_vector_index(self.published, self.published.meta["vectors"], self.config)
 
+    def read_vectors(self) -> VectorIndex:
+        """Its vectors, read now and not kept, without the graph that only a search needs."""
+        return read_vector_index(self.published, self.published.meta["vectors"], self.config, searched=False)
+
     def documents(self, kept: Bool[np.ndarray, "N"]) -> Iterator[Document]:
         """Its documents that are kept, in order, a few in memory at a time."""
         return _documents(self.store, kept)
@@ -201,8 +205,7 @@ def _vectors_of(parts: Sequence[tuple[Segment, Bool[np.ndarray, "_"]]]) -> Float
     width = parts[0][0].published.meta["vectors"]["width"]
     out, start = np.empty((sum(int(own.sum()) for _, own in parts), width), np.float32), 0
     for part, own in parts:
-        index = read_vector_index(part.published, part.published.meta["vectors"], part.config, searched=False)
         rows = np.flatnonzero(own)
-        out[start : start + len(rows)] = index.vectors_of(rows)
+        out[start : start + len(rows)] = part.read_vectors().vectors_of(rows)
         start += len(rows)
     return out
