@@ -5,7 +5,6 @@ waits for them without it. Only where nothing is running does a call wait, for a
 """
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -103,7 +102,7 @@ class Batcher(Generic[Item, Answer]):
         finally:
             if not call.answer.done():
                 call.answer.cancel()
-            with contextlib.suppress(ValueError):
+            if call in self._waiting:  # remove's own error would hold the call's and its answer's whole repr
                 self._waiting.remove(call)
 
     async def close(self) -> None:

@@ -98,7 +98,9 @@ def _add_answers(app: FastAPI, desk: Desk, config: ServeConfig) -> None:
         require(where is None or len(where) <= most, f"a filter may have at most {most} characters here")
         options = Options(request.k, request.route, request.experts, request.fusion, where)
         found = await desk.search(request.query, options)
-        return await asyncio.to_thread(_search_answer, found, request)  # snippets of many hits take a while
+        if request.snippets:  # those of many hits take a while
+            return await asyncio.to_thread(_search_answer, found, request)
+        return _search_answer(found, request)
 
     @app.post("/route")
     async def route(request: schema.RouteRequest) -> schema.RouteAnswer:

@@ -76,6 +76,20 @@ def test_calls_that_arrive_within_the_wait_go_together():
     assert asyncio.run(run()) == [("a", [0, 1])]
 
 
+def test_an_answered_call_is_never_written_out():
+    """Which hits' whole texts would be, by the error of a list that the call is no more in."""
+
+    class Item:
+        def __repr__(self):
+            raise AssertionError("written out")
+
+    async def run():
+        batcher, _ = batches_of()
+        return (await batcher.submit("a", item := Item()))[1] is item
+
+    assert asyncio.run(run())
+
+
 def test_a_failed_batch_fails_its_own_calls_alone():
     def answer(key, items):
         if key == "bad":
